@@ -1,0 +1,197 @@
+"""Exact metrics: what a network answers to a set of images, and how right it is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import binomtest
+from sklearn.metrics import confusion_matrix
+from torch import Tensor, nn
+
+from helpers.augment import mirror, shift
+from helpers.data import ImageSet, evaluation_loader
+
+PUBLISHED = 0.8851  # test accuracy of the published answer to the same sheet, a fraction of one
+
+# mirrored, down, right, weight: the image and its mirror image, as they are and moved by a pixel
+# along the diagonal (the views of cifar10-airbench).
+AS_IS = ((False, 0, 0, 1.0),)
+TTA = tuple(
+    (mirrored, pixels, pixels, 0.25 if pixels == 0 else 0.125)
+    for mirrored in (False, True)
+    for pixels in (0, -1, 1)
+)
+
+
+@torch.inference_mode()
+def predict(
+    network: nn.Module,
+    images: ImageSet,
+    device: torch.device | str = "cpu",
+    views: tuple[tuple[bool, int, int, float], ...] = AS_IS,
+) -> Tensor:
+    """Logits, float32 N×10 on the CPU, in the images' order, with the network in evaluation mode.
+
+    Args:
+        views: `AS_IS`, or `TTA` for the weighted mean of the logits of six views of each image
+            (test-time augmentation). The network's mode is put back afterwards.
+    """
+    was_training = network.training
+    network.eval()
+    total = torch.zeros(len(images), 10)
+    for mirrored, down, right, weight in views:
+        seen = view(images, mirrored, down, right)
+        batches = [network(x.to(device)).float().cpu() for x, _ in evaluation_loader(seen)]
+        total += weight * torch.cat(batches)
+    network.train(was_training)
+    return total
+
+
+def view(images: ImageSet, mirrored: bool, down: int, right: int) -> ImageSet:
+    """The images, mirrored or not, moved by whole pixels."""
+    seen, n = images.images, len(images)
+    if mirrored:
+        seen = mirror(seen, torch.ones(n, dtype=torch.bool, device=seen.device))
+    if down or right:
+        moves = torch.tensor([[down], [right]], device=seen.device).expand(2, n)
+        seen = shift(seen, moves[0], moves[1], max(abs(down), abs(right)))
+    return ImageSet(seen, images.labels)
+
+
+def correct(logits: Tensor, labels: Tensor) -> int:
+    """How many images have their largest logit at their label: a count, never a mean of means."""
+    return int((logits.argmax(dim=1) == labels.cpu()).sum())
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """The share of images classified rightly, a fraction of one."""
+    return correct(logits, labels) / len(labels)
+
+
+def interval(right: int, n: int) -> tuple[float, float]:
+    """The 95% Wilson interval of a share, from `right` of `n` images; fractions of one."""
+    bounds = binomtest(right, n).proportion_ci(0.95, method="wilson")
+    return float(bounds.low), float(bounds.high)
+
+
+def confusion(logits: Tensor, labels: Tensor) -> np.ndarray:
+    """Counts of images, 10×10: a row for each true class, a column for each answer."""
+    return confusion_matrix(labels.cpu().numpy(), logits.argmax(dim=1).numpy(), labels=range(10))
+
+
+def confused_pairs(counts: np.ndarray, names: Sequence[str]) -> pd.DataFrame:
+    """Pairs of classes by the number of mistakes between them, in both directions, most first.
+
+    Columns: `pair`, `mistakes`, `share of mistakes` (a fraction of one).
+    """
+    first, second = np.triu_indices(len(names), k=1)
+    mistakes = (counts + counts.T)[first, second]
+    all_mistakes = max(counts.sum() - np.trace(counts), 1)
+    pairs = pd.DataFrame(
+        {
+            "pair": [f"{names[i]} – {names[j]}" for i, j in zip(first, second)],
+            "mistakes": mistakes,
+            "share of mistakes": mistakes / all_mistakes,
+        }
+    )
+    return pairs.sort_values("mistakes", ascending=False, kind="stable", ignore_index=True)
+
+
+def class_table(counts: np.ndarray, names: Sequence[str]) -> pd.DataFrame:
+    """Accuracy of each class with its 95% interval, from the counts of `confusion`.
+
+    Index: the class; columns `images`, `accuracy`, `low`, `high` (fractions of one).
+    """
+    rows = []
+    for k, name in enumerate(names):
+        right, n = int(counts[k, k]), int(counts[k].sum())
+        low, high = interval(right, n)
+        rows.append({"class": name, "images": n, "accuracy": right / n, "low": low, "high": high})
+    return pd.DataFrame(rows).set_index("class")
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """The probability that the network gives to its own answer, N."""
+    return logits.softmax(dim=1).amax(dim=1)
+
+
+def confident_mistakes(logits: Tensor, labels: Tensor, count: int) -> Tensor:
+    """The numbers of the `count` wrongly classified images with the greatest confidence in
+    the wrong answer, greatest first (fewer, if fewer are wrong)."""
+    wrong = (logits.argmax(dim=1) != labels.cpu()).nonzero().flatten()
+    return wrong[confidence(logits)[wrong].argsort(descending=True)][:count]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Confidence against accuracy in bins of equal width; empty bins are left out."""
+
+    confidence: np.ndarray  # mean in each bin
+    accuracy: np.ndarray  # share right in each bin
+    count: np.ndarray  # images in each bin
+    error: float  # expected calibration error: mean |accuracy − confidence| over images
+
+
+def calibration(logits: Tensor, labels: Tensor, bins: int = 15) -> Calibration:
+    """Calibration of the answers (Guo et al., arXiv 1706.04599)."""
+    sure = confidence(logits).double().numpy()
+    right = (logits.argmax(dim=1) == labels.cpu()).double().numpy()
+    which = np.minimum((sure * bins).astype(int), bins - 1)
+    count = np.bincount(which, minlength=bins)
+    filled = count > 0
+    mean_sure = np.bincount(which, sure, bins)[filled] / count[filled]
+    mean_right = np.bincount(which, right, bins)[filled] / count[filled]
+    error = float(np.abs(mean_right - mean_sure) @ count[filled] / len(sure))
+    return Calibration(mean_sure, mean_right, count[filled], error)
+
+
+@torch.inference_mode()
+def gates(network: nn.Module, images: ImageSet) -> list[Tensor]:
+    """The weights a of each intermediate block for each image: K tensors, N×L."""
+    network.eval()
+    batches = [network.gates(x) for x, _ in evaluation_loader(images)]
+    return [torch.cat(block) for block in zip(*batches)]
+
+
+def entropy(a: Tensor) -> Tensor:
+    """The entropy of the weights of each image as a share of its maximum log L, N.
+
+    1 when all branches weigh alike, 0 when one branch has all the weight. Weights of a linear
+    or sigmoid gate are taken by their size: |aₗ| / Σ|aₗ|. Not defined (NaN) for L = 1.
+    """
+    share = a.abs() / a.abs().sum(dim=1, keepdim=True)
+    return torch.special.entr(share).sum(dim=1) / np.log(a.shape[1])
+
+
+def class_means(a: Tensor, labels: Tensor) -> Tensor:
+    """The mean weight of each branch over the images of each class, 10×L."""
+    return torch.stack([a[labels.cpu() == c].mean(dim=0) for c in range(10)])
+
+
+def with_replaced_gates(network: nn.Module, a: Sequence[Tensor], what: str) -> nn.Module:
+    """A copy of the network in which every image gets other weights than its own.
+
+    Args:
+        a: the weights that `gates` gave, K tensors N×L.
+        what: `"mean"`: each block's mean over the images; `"shuffled"`: in each batch, the
+            weights that belong to the image before it in the batch.
+
+    Raises:
+        ValueError: another `what`.
+    """
+    if what not in ("mean", "shuffled"):
+        raise ValueError(f"what={what!r} is not known; allowed: mean, shuffled.")
+    changed = copy.deepcopy(network)
+    for block, weights in zip(changed.blocks, a):
+        if what == "mean":
+            mean = weights.mean(dim=0)
+            block.gate = lambda x, mean=mean: mean.expand(len(x), -1)
+        else:
+            own = block.gate
+            block.gate = lambda x, own=own: own(x).roll(1, dims=0)
+    return changed

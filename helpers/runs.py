@@ -1,0 +1,401 @@
+"""What a run is: its parameters, checked, and its record in `notebooks/runs/<name>/`."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import math
+import platform
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import torchvision
+from torch import nn
+
+from helpers.data import ROOT, ImageData, ImageSet, split
+from helpers.model import ACTIVATIONS, GATES, BlockNetwork
+
+RUNS = ROOT / "notebooks" / "runs"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class ParameterError(ValueError):
+    """A parameter that cannot be used; the message names it, its value and what is allowed."""
+
+
+class RunError(Exception):
+    """A record that cannot be read or written; the message names it and the remedy."""
+
+
+# ---- parameters: each is a field with its default (the quick preset's) and its check
+
+
+def whole(default: int, low: int, high: float = math.inf) -> Any:
+    """A field for an integer from `low` to `high`."""
+
+    def fault(value: object) -> str | None:
+        right = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+        return None if right else f"an integer {span(low, high)}"
+
+    return dataclasses.field(default=default, metadata={"fault": fault})
+
+
+def real(default: float, low: float, high: float = math.inf) -> Any:
+    """A field for a finite number from `low` to `high`."""
+
+    def fault(value: object) -> str | None:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        right = number and math.isfinite(value) and low <= value <= high
+        return None if right else f"a number {span(low, high)}, in YAML with a point (1.0e-3)"
+
+    return dataclasses.field(default=default, metadata={"fault": fault})
+
+
+def span(low: float, high: float) -> str:
+    return f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+
+
+def choice(default: str, allowed: tuple[str, ...]) -> Any:
+    """A field for one of a few words."""
+
+    def fault(value: object) -> str | None:
+        return None if value in allowed else f"one of {', '.join(allowed)}"
+
+    return dataclasses.field(default=default, metadata={"fault": fault})
+
+
+def text(default: str, empty: bool) -> Any:
+    """A field for a name that can be a folder's."""
+
+    def fault(value: object) -> str | None:
+        right = isinstance(value, str) and (NAME.fullmatch(value) or (empty and value == ""))
+        return None if right else "a name of letters, digits, '.', '_' and '-'"
+
+    return dataclasses.field(default=default, metadata={"fault": fault})
+
+
+def flag(default: bool) -> Any:
+    """A field for true or false."""
+
+    def fault(value: object) -> str | None:
+        return None if isinstance(value, bool) else "true or false"
+
+    return dataclasses.field(default=default, metadata={"fault": fault})
+
+
+def wholes(default: list[int] | int, low: int, high: float = math.inf, single: bool = False) -> Any:
+    """A field for a list of integers, each from `low` to `high`; or, if `single`, for one."""
+
+    def fault(value: object) -> str | None:
+        values = value if isinstance(value, list | tuple) else [value] if single else [None]
+        right = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+        if right and all(low <= v <= high for v in values):
+            return None
+        one = "an integer or " if single else ""
+        return f"{one}a list of integers {span(low, high)}, such as [1, 2]"
+
+    return dataclasses.field(default_factory=lambda: default, metadata={"fault": fault})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every parameter that a notebook takes; the defaults are the quick preset's.
+
+    Raises:
+        ParameterError: at construction, if a value has the wrong type or is out of range.
+    """
+
+    preset: str = text("quick", empty=False)  # the name of the parameter file
+    seed: int = whole(0, 0, 2**32 - 1)
+    run: str = text("", empty=True)  # the record's name; empty: <preset>-seed<seed>
+    device: str = text("auto", empty=False)  # auto, cpu, cuda, cuda:1 …
+    # the images
+    validation: int = whole(0, 0, 49_000)  # images held out of training; 0: train on all
+    train_images: int = whole(0, 0, 50_000)  # use only the first so many; 0: all
+    basic_images: int = whole(20_000, 100, 45_000)  # on which notebook 02 tries the basic network
+    # the network
+    widths: list[int] = wholes([48, 96, 128, 128], 1, 4096)
+    branches: int | list[int] = wholes(4, 1, 64, single=True)
+    kernel_size: int | list[int] = wholes(3, 1, 31, single=True)
+    strides: int | list[int] = wholes(1, 1, 4, single=True)
+    gate: str = choice("softmax", GATES)
+    stem_filters: int = whole(48, 0, 96)
+    pool_after: list[int] = wholes([1], 1)
+    activation: str = choice("silu", tuple(ACTIVATIONS))
+    # the training
+    epochs: int = whole(4, 1, 10_000)
+    batch_size: int = whole(500, 1, 50_000)
+    learning_rate: float = real(0.17, 0.0, 100.0)  # Muon, on the branches' kernels
+    adam_learning_rate: float = real(0.01, 0.0, 10.0)  # Adam, on everything else
+    label_smoothing: float = real(0.1, 0.0, 0.999)
+    translate: int = whole(2, 0, 31)
+    flip: bool = flag(True)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            allowed = field.metadata["fault"](value)
+            if allowed:
+                raise ParameterError(f"Parameter {field.name} = {value!r}: it must be {allowed}.")
+        try:
+            with torch.device("meta"):  # shapes only: what fits is known before any image is read
+                self.network()
+        except ValueError as error:
+            raise ParameterError(f"The network's parameters do not fit together: {error}") from None
+
+    def network(self) -> nn.Module:
+        """The network of these parameters, freshly initialised."""
+        return BlockNetwork(
+            self.widths, self.branches, self.kernel_size, self.strides, self.gate,
+            self.stem_filters, self.pool_after, activation=self.activation,
+        )  # fmt: skip
+
+
+def check_parameters(namespace: dict[str, Any]) -> Settings:
+    """The settings of a notebook, from its variables, right after its parameters cell.
+
+    papermill only warns of a name that a notebook does not know, and runs on the defaults. Here
+    the cell that papermill injects is read again, and a name that no notebook knows is refused.
+
+    Args:
+        namespace: the notebook's `globals()`.
+
+    Raises:
+        ParameterError: naming the parameter.
+    """
+    known = [field.name for field in dataclasses.fields(Settings)]
+    for name in injected_names(namespace.get("In", [])):
+        if name not in known:
+            raise ParameterError(f"Parameter {name} is not known; known are: {', '.join(known)}.")
+    return Settings(**{name: namespace[name] for name in known if name in namespace})
+
+
+def injected_names(cells: list[str]) -> list[str]:
+    """The variables set by the cells that papermill injected; it begins them with a comment."""
+    injected = [ast.parse(cell) for cell in cells if cell.startswith("# Parameters\n")]
+    statements = [statement for tree in injected for statement in tree.body]
+    return [s.targets[0].id for s in statements if isinstance(s, ast.Assign)]
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; `"auto"` is the first GPU if there is one, else the CPU.
+
+    Raises:
+        ParameterError: the device does not exist on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ParameterError(
+            f"Parameter device = {name!r}: this machine has no such device; use auto or cpu."
+        ) from None
+    return device
+
+
+def training_parts(images: ImageData, settings: Settings) -> tuple[ImageSet, ImageSet | None]:
+    """The images to train on, and the validation images or None, as the settings say."""
+    training, validation = images.train, None
+    if settings.validation:
+        kept, held_out = split(images.train.labels, settings.validation)
+        training, validation = images.train.subset(kept), images.train.subset(held_out)
+    if settings.train_images:
+        training = training.subset(torch.arange(min(settings.train_images, len(training))))
+    return training, validation
+
+
+def label(settings: Settings, images: ImageData) -> str:
+    """The folder of figures: the preset's name, or the stand-in's, so that they never mix."""
+    return settings.preset if images.name == "cifar10" else images.name
+
+
+# ---- records
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, read from its folder."""
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    history: pd.DataFrame  # a row an epoch
+    batches: pd.DataFrame  # a row a training batch
+    metrics: dict[str, Any]
+
+
+class Record:
+    """A run that is being written: what is known after an epoch is on disk after that epoch.
+
+    Raises:
+        RunError: a run of that name is there already, or its folder cannot be written.
+    """
+
+    def __init__(self, settings: Settings, images: ImageData) -> None:
+        self.name = settings.run or free_name(f"{settings.preset}-seed{settings.seed}")
+        self.folder = RUNS / self.name
+        self.epochs: list[dict[str, float]] = []
+        self.batches: list[dict[str, float]] = []
+        try:
+            self.folder.mkdir(parents=True)
+        except FileExistsError:
+            raise RunError(
+                f"A run named {self.name} is there already; choose another name with the "
+                f"parameter run, or delete notebooks/runs/{self.name}."
+            ) from None
+        except OSError as error:
+            raise RunError(
+                f"notebooks/runs/{self.name} cannot be made: {error.strerror}."
+            ) from None
+        config = dataclasses.asdict(settings) | {"run": self.name, "dataset": images.name}
+        write_json(self.folder / "config.json", config)
+
+    def add_epoch(self, row: dict[str, float], batches: list[dict[str, float]]) -> None:
+        """Add an epoch's row of `history.csv` and its rows of `batches.csv`."""
+        self.epochs.append(row)
+        self.batches += batches
+        pd.DataFrame(self.epochs).to_csv(self.folder / "history.csv", index=False)
+        pd.DataFrame(self.batches).to_csv(self.folder / "batches.csv", index=False)
+
+    def finish(self, network: nn.Module, metrics: dict[str, Any]) -> Run:
+        """Write the weights and `metrics.json`, and read the record back."""
+        torch.save(network.state_dict(), self.folder / "weights.pt")
+        write_json(self.folder / "metrics.json", metrics)
+        return read(self.name)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def free_name(stem: str) -> str:
+    """`stem`, or `stem-2`, `stem-3` … if there are such runs already."""
+    name, number = stem, 2
+    while (RUNS / name).exists():
+        name, number = f"{stem}-{number}", number + 1
+    return name
+
+
+def latest(stem: str) -> str:
+    """The name of the latest finished run among `stem`, `stem-2` …
+
+    Raises:
+        RunError: there is none.
+    """
+    named = re.compile(re.escape(stem) + r"(-(\d+))?")
+    finished = {}
+    for metrics in RUNS.glob("*/metrics.json"):
+        if match := named.fullmatch(metrics.parent.name):
+            finished[int(match[2] or 1)] = metrics.parent.name
+    if not finished:
+        raise RunError(
+            f"There is no finished run {stem}; make it with notebook 03, or name another with the "
+            f"parameter run (there are: {', '.join(names()) or 'none'})."
+        )
+    return finished[max(finished)]
+
+
+def names() -> list[str]:
+    """The names of all finished runs."""
+    return sorted(metrics.parent.name for metrics in RUNS.glob("*/metrics.json"))
+
+
+def read(name: str) -> Run:
+    """A finished run.
+
+    Raises:
+        RunError: there is no such run, or it was not finished.
+    """
+    folder = RUNS / name
+    if not folder.is_dir():
+        raise RunError(f"There is no run {name}; there are: {', '.join(names()) or 'none'}.")
+    if not (folder / "metrics.json").is_file():
+        raise RunError(f"Run {name} was not finished: its metrics.json is missing; make it again.")
+    return Run(
+        name,
+        folder,
+        json.loads((folder / "config.json").read_text(encoding="utf-8")),
+        pd.read_csv(folder / "history.csv"),
+        pd.read_csv(folder / "batches.csv"),
+        json.loads((folder / "metrics.json").read_text(encoding="utf-8")),
+    )
+
+
+def check_same_data(run: Run, images: ImageData) -> None:
+    """Refuse to analyse a run on other data than it was trained on.
+
+    Raises:
+        RunError: naming both.
+    """
+    if run.metrics["dataset"] != images.name:
+        raise RunError(
+            f"Run {run.name} was trained on {run.metrics['dataset']}, and the data here is "
+            f"{images.name}: make a run on this data with notebook 03, or name one with the "
+            "parameter run."
+        )
+
+
+def settings_of(run: Run) -> Settings:
+    """The settings that a run was made with."""
+    known = {field.name for field in dataclasses.fields(Settings)}
+    return Settings(**{name: value for name, value in run.config.items() if name in known})
+
+
+def load_network(run: Run) -> nn.Module:
+    """The trained network of a run, in evaluation mode.
+
+    Raises:
+        RunError: the weights are not there (they are kept in the repository for few runs only).
+    """
+    path = run.folder / "weights.pt"
+    if not path.is_file():
+        raise RunError(
+            f"Run {run.name} has no weights here (notebooks/runs/{run.name}/weights.pt); "
+            "make the run again with notebook 03, or name another with the parameter run."
+        )
+    network = settings_of(run).network().to(memory_format=torch.channels_last)
+    network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    return network.eval()
+
+
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """When and on what a run was made: `finished`, `hardware`, `versions`."""
+    hardware: dict[str, Any] = {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "device": device.type,
+    }
+    if device.type == "cuda":
+        hardware["gpu"] = torch.cuda.get_device_name(device)
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"finished": finished, "hardware": hardware, "versions": versions}
+
+
+def processor() -> str:
+    """The processor's name, as Linux gives it, or else the kind of machine."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def table(select: Callable[[Run], bool]) -> pd.DataFrame:
+    """The metrics of all finished runs for which `select` is true, a row a run."""
+    chosen = [run for run in map(read, names()) if select(run)]
+    return pd.DataFrame([{"run": run.name} | run.metrics for run in chosen])

@@ -1,0 +1,239 @@
+"""Loss, optimisers, schedule, loop: from a fresh network to a finished record."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from helpers import evaluation
+from helpers.augment import Augmentation
+from helpers.data import ImageData, ImageSet, normalise, set_epoch, training_loader
+from helpers.runs import Record, Run, Settings, pick_device, surroundings, training_parts
+
+
+class Muon(Optimizer):
+    """Nesterov momentum whose step for each bank of kernels is made orthogonal.
+
+    A bank out×in×k×k is a matrix out×(in·k·k); its step keeps the directions of the momentum but
+    gives them all the same length, so that weak directions learn as fast as strong ones. The
+    bank itself is kept at norm √out. (K. Jordan's Muon, as cifar10-airbench uses it.)
+
+    Args:
+        kernels: weights of convolutions.
+        lr: length of a step relative to the bank.
+        momentum: of the gradients.
+    """
+
+    def __init__(self, kernels: Iterable[Tensor], lr: float, momentum: float = 0.6) -> None:
+        super().__init__(kernels, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            # Banks of one shape share their matrix products.
+            alike: dict[torch.Size, list[Tensor]] = {}
+            for kernel in group["params"]:
+                if kernel.grad is not None:
+                    alike.setdefault(kernel.shape, []).append(kernel)
+            for kernels in alike.values():
+                steps = orthogonal(torch.stack([self.direction(k, group) for k in kernels]))
+                for kernel, step in zip(kernels, steps):
+                    kernel.mul_(math.sqrt(len(kernel)) / kernel.norm())
+                    kernel.add_(step.view(kernel.shape), alpha=-group["lr"])
+
+    def direction(self, kernel: Tensor, group: dict[str, Any]) -> Tensor:
+        """The Nesterov momentum of a bank, as a matrix out×(in·k·k)."""
+        state = self.state[kernel]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(kernel)
+        momentum = state["momentum"].mul_(group["momentum"]).add_(kernel.grad)
+        return (kernel.grad + group["momentum"] * momentum).flatten(1)
+
+
+def orthogonal(matrices: Tensor, iterations: int = 3) -> Tensor:
+    """n×r×c matrices with their singular values brought near 1 by Newton–Schulz iterations.
+
+    The coefficients are Muon's: they do not converge to 1 exactly, but get near it quickly.
+    """
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    return x.mT if tall else x
+
+
+def make_optimizers(network: nn.Module, settings: Settings) -> list[Optimizer]:
+    """Muon for the branches' kernels, Adam for everything else that learns."""
+    kernels = [branch.weight for block in network.blocks for branch in block.branches]
+    chosen = {id(kernel) for kernel in kernels}
+    others = [p for p in network.parameters() if p.requires_grad and id(p) not in chosen]
+    optimizers = [
+        Muon(kernels, lr=settings.learning_rate),
+        torch.optim.Adam(others, lr=settings.adam_learning_rate, betas=(0.9, 0.95)),
+    ]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["first_lr"] = group["lr"]
+    return optimizers
+
+
+def set_learning_rate(optimizers: list[Optimizer], step: int, steps: int) -> float:
+    """Linear decay from the first learning rate to (nearly) zero over all `steps` of a run.
+
+    Returns the factor, in 1 … 0, by which every learning rate is multiplied now.
+    """
+    factor = 1 - step / steps
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["first_lr"] * factor
+    return factor
+
+
+def train_batch(
+    network: nn.Module, x: Tensor, labels: Tensor, optimizers: list[Optimizer], smoothing: float
+) -> tuple[float, int]:
+    """One step on one batch: its loss before the step, and how many images it had right."""
+    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=x.is_cuda):
+        logits = network(x)
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return loss.item(), int((logits.argmax(dim=1) == labels).sum())
+
+
+def train_epoch(
+    network: nn.Module,
+    loader: DataLoader,
+    optimizers: list[Optimizer],
+    settings: Settings,
+    epoch: int,
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """All batches of one epoch, counted from 1: a row for each batch, and the epoch's row."""
+    set_epoch(loader, epoch - 1)
+    network.train()
+    rows, right, seen, loss_sum = [], 0, 0, 0.0
+    begin = time.perf_counter()
+    for batch, (x, labels) in enumerate(loader, start=1):
+        done = (epoch - 1) * len(loader) + batch - 1
+        factor = set_learning_rate(optimizers, done, settings.epochs * len(loader))
+        loss, hits = train_batch(network, x, labels, optimizers, settings.label_smoothing)
+        rows.append(
+            {"epoch": epoch, "batch": batch, "loss": loss,
+             "learning_rate": factor * settings.learning_rate}
+        )  # fmt: skip
+        right, seen, loss_sum = right + hits, seen + len(labels), loss_sum + loss * len(labels)
+    seconds = time.perf_counter() - begin
+    row = {
+        "epoch": epoch, "loss": loss_sum / seen, "training_accuracy_running": right / seen,
+        "learning_rate": rows[-1]["learning_rate"], "seconds": seconds,
+        "images_per_second": seen / seconds,
+    }  # fmt: skip
+    return rows, row
+
+
+def train(
+    images: ImageData, settings: Settings, report: Callable[[str], None] = print
+) -> tuple[nn.Module, Run]:
+    """A whole run: network, loaders, epochs, and the record, which is written as it grows.
+
+    The seed decides the network's first weights, the order of the images and their augmentation;
+    measuring draws no random number, so it does not change the training.
+
+    Args:
+        report: called with one line of text an epoch.
+
+    Returns:
+        The trained network and its finished record.
+    """
+    device = pick_device(settings.device)
+    torch.set_flush_denormal(True)  # tiny numbers are slow on a CPU and change nothing
+    record = Record(settings, images)
+    training, validation = training_parts(images, settings)
+    training, test = training.to(device), images.test.to(device)
+    network = first_network(training, settings).to(device)
+    optimizers = make_optimizers(network, settings)
+    generator = torch.Generator().manual_seed(settings.seed)
+    augmentation = Augmentation(len(training), settings.translate, settings.flip, generator)
+    loader = training_loader(training, settings.batch_size, augmentation, generator)
+    begin = time.perf_counter()
+    for epoch in range(1, settings.epochs + 1):
+        rows, row = train_epoch(network, loader, optimizers, settings, epoch)
+        row |= measure(network, test, validation, training if epoch == settings.epochs else None)
+        record.add_epoch(row, rows)
+        report(progress(row, settings.epochs, time.perf_counter() - begin))
+    return network, record.finish(network, final_metrics(network, record, images, settings))
+
+
+def first_network(training: ImageSet, settings: Settings) -> nn.Module:
+    """The network before training: kernels drawn from the seed, the stem fitted to the images."""
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        network = settings.network()
+    for block in network.blocks:
+        for branch in block.branches:
+            # Passing x on is a better start than noise; the other filters tell branches apart.
+            nn.init.dirac_(branch.weight[: block.fc.in_features].detach())
+    network.fit_stem(normalise(training.images[:5000].cpu()))
+    return network.to(memory_format=torch.channels_last)
+
+
+def measure(
+    network: nn.Module, test: ImageSet, validation: ImageSet | None, training: ImageSet | None
+) -> dict[str, float | None]:
+    """Exact accuracies on clean images in evaluation mode; None for sets not measured now."""
+    sets = {"training_accuracy": training, "test_accuracy": test, "validation_accuracy": validation}
+    device = test.images.device
+    return {
+        name: None
+        if part is None
+        else evaluation.accuracy(evaluation.predict(network, part, device), part.labels)
+        for name, part in sets.items()
+    }
+
+
+def progress(row: dict[str, float], epochs: int, elapsed: float) -> str:
+    """The line of an epoch: loss, accuracies, seconds, time left."""
+    left = elapsed / row["epoch"] * (epochs - row["epoch"])
+    line = (
+        f"epoch {row['epoch']:>3}/{epochs}  loss {row['loss']:.3f}  "
+        f"training (running) {row['training_accuracy_running']:.2%}  "
+        f"test {row['test_accuracy']:.2%}  "
+    )
+    if row["validation_accuracy"] is not None:
+        line += f"validation {row['validation_accuracy']:.2%}  "
+    return line + f"{row['seconds']:.0f} s  left {left / 60:.1f} min"
+
+
+def final_metrics(
+    network: nn.Module, record: Record, images: ImageData, settings: Settings
+) -> dict[str, Any]:
+    """The content of `metrics.json`; accuracies are fractions of one, of the last epoch."""
+    device = next(network.parameters()).device
+    last = record.epochs[-1]
+    with_tta = evaluation.predict(network, images.test, device, evaluation.TTA)
+    return {
+        "dataset": images.name,
+        "preset": settings.preset,
+        "seed": settings.seed,
+        "epochs": settings.epochs,
+        "test_accuracy": last["test_accuracy"],
+        "test_accuracy_tta": evaluation.accuracy(with_tta, images.test.labels),
+        "validation_accuracy": last["validation_accuracy"],
+        "training_accuracy": last["training_accuracy"],
+        "train_seconds": sum(row["seconds"] for row in record.epochs),
+        "parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
+    } | surroundings(device)
