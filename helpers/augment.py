@@ -52,7 +52,9 @@ class Augmentation:
 
     def __init__(self, images: int, translate: int, flip: bool, generator: torch.Generator) -> None:
         if isinstance(translate, bool) or not isinstance(translate, int) or not 0 <= translate < 32:
-            raise ValueError(f"translate={translate!r} is not allowed; use whole pixels from 0 to 31.")
+            raise ValueError(
+                f"translate={translate!r} is not allowed; use whole pixels from 0 to 31."
+            )
         self.translate, self.flip, self.generator = translate, flip, generator
         self.mirrored_first = torch.rand(images, generator=generator) < 0.5
 

@@ -248,22 +248,24 @@ class _MixedConvolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_x_new: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_x_new: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         padded, a, bank = ctx.saved_tensors
         L, out, c, k, h, w, stride, height, width = ctx.sizes
         grad = grad_x_new.permute(0, 2, 3, 1).reshape(len(a), h * w, out)
-        grad_padded, grad_a = torch.zeros_like(padded), torch.empty_like(a)
-        grad_bank = torch.zeros_like(bank)
+        grad_padded = torch.zeros_like(padded) if ctx.needs_input_grad[0] else None
+        grad_a, grad_bank = torch.empty_like(a), torch.zeros_like(bank)
         for part in _parts(len(a)):
-            kernels = (a[part] @ bank).view(-1, k * k * c, out)
-            grad_patches = torch.bmm(grad[part], kernels.transpose(1, 2))
-            _add_patches(grad_padded[part], grad_patches.view(-1, h, w, k, k, c), stride)
+            if grad_padded is not None:
+                kernels = (a[part] @ bank).view(-1, k * k * c, out)
+                grad_patches = torch.bmm(grad[part], kernels.transpose(1, 2))
+                _add_patches(grad_padded[part], grad_patches.view(-1, h, w, k, k, c), stride)
             patches = _patches(padded[part], h, w, k, stride)
             grad_kernels = torch.bmm(patches.transpose(1, 2), grad[part]).view(-1, bank.shape[1])
             grad_bank.addmm_(a[part].t(), grad_kernels)
             grad_a[part] = grad_kernels @ bank.t()
-        rim = k // 2
-        grad_x = grad_padded[:, rim : rim + height, rim : rim + width].permute(0, 3, 1, 2)
+        grad_x, rim = None, k // 2
+        if grad_padded is not None:
+            grad_x = grad_padded[:, rim : rim + height, rim : rim + width].permute(0, 3, 1, 2)
         return grad_x, grad_a, grad_bank.view(L, k, k, c, out).permute(0, 4, 3, 1, 2), None
 
 
@@ -323,7 +325,8 @@ class WhiteningStem(nn.Module):
 
     Its filters are the leading eigenvectors of the covariance of the training images' patches,
     over the square root of their eigenvalues, and the same with the opposite sign, so that the
-    activation after it loses nothing (cifar10-airbench, K. Jordan). 3×h×w → filters×h/2×w/2.
+    activation after it loses nothing (cifar10-airbench, K. Jordan). Nothing here learns, so no
+    gradient has to go back through B1. 3×h×w → filters×h/2×w/2.
     """
 
     kernel_size, stride, padding, regulariser = 4, 2, 1, 5e-4
@@ -332,10 +335,9 @@ class WhiteningStem(nn.Module):
         super().__init__()
         if not isinstance(filters, int) or filters % 2 or not 2 <= filters <= 96:
             raise ValueError(
-                f"filters={filters!r} is not allowed; use an even number from 2 to 96."
+                f"stem filters={filters!r} is not allowed; use an even number from 2 to 96."
             )
         self.register_buffer("weight", torch.zeros(filters, 3, self.kernel_size, self.kernel_size))
-        self.bias = nn.Parameter(torch.zeros(filters))
 
     @torch.no_grad()
     def fit(self, images: Tensor) -> None:
@@ -352,7 +354,7 @@ class WhiteningStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_images("x", x, 3)
-        return F.conv2d(x, self.weight, self.bias, stride=self.stride, padding=self.padding)
+        return F.conv2d(x, self.weight, stride=self.stride, padding=self.padding)
 
 
 class BlockNetwork(nn.Module):

@@ -8,7 +8,6 @@ import json
 import math
 import platform
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -395,7 +394,13 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def table(select: Callable[[Run], bool]) -> pd.DataFrame:
-    """The metrics of all finished runs for which `select` is true, a row a run."""
-    chosen = [run for run in map(read, names()) if select(run)]
-    return pd.DataFrame([{"run": run.name} | run.metrics for run in chosen])
+def seeds_of(run: Run) -> pd.DataFrame:
+    """The metrics of all finished runs like this one, a row a run: the same preset on the same
+    data, trained on all of its training images."""
+    alike = [
+        other
+        for other in map(read, names())
+        if all(other.metrics[key] == run.metrics[key] for key in ("dataset", "preset"))
+        and other.metrics["validation_accuracy"] is None
+    ]
+    return pd.DataFrame([{"run": other.name} | other.metrics for other in alike])

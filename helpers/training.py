@@ -185,8 +185,12 @@ def first_network(training: ImageSet, settings: Settings) -> nn.Module:
         network = settings.network()
     for block in network.blocks:
         for branch in block.branches:
-            # Passing x on is a better start than noise; the other filters tell branches apart.
-            nn.init.dirac_(branch.weight[: block.fc.in_features].detach())
+            # To pass x on is a better start than noise alone. The noise stays, though: branches
+            # that begin alike, under equal weights a, would have equal gradients for ever.
+            noise = branch.weight.detach().clone()
+            nn.init.dirac_(branch.weight.detach()[: block.fc.in_features]).add_(
+                noise[: block.fc.in_features]
+            )
     network.fit_stem(normalise(training.images[:5000].cpu()))
     return network.to(memory_format=torch.channels_last)
 

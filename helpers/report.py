@@ -1,0 +1,396 @@
+"""The report: the four notebooks in order through papermill, and their pages for a browser.
+
+    python -m helpers.report --preset quick --seed 0
+    python -m helpers.report --publish --only 01 02
+
+The first executes copies of the notebooks in `report/<preset>/` and renders them there; the
+second stores in `notebooks/` what the notebooks give with their own parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+import yaml
+from jinja2 import DictLoader, pass_context
+from latex2mathml.converter import convert
+from nbclient.exceptions import DeadKernelError
+from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from nbformat import NotebookNode
+from papermill.exceptions import PapermillExecutionError
+
+from helpers import data, runs
+
+NOTEBOOKS = data.ROOT / "notebooks"
+REPORT = data.ROOT / "report"
+SEQUENCE = ("01_data_exploration", "02_model_definition", "03_training", "04_analysis")
+TRAINING = "03_training"
+
+
+class ReportError(Exception):
+    """The report cannot be made; the message says what stopped it, and where or what to do."""
+
+
+# ---- the sequence
+
+
+def presets() -> list[str]:
+    """The names of the parameter files."""
+    return sorted(path.stem for path in (NOTEBOOKS / "parameters").glob("*.yaml"))
+
+
+def read_preset(name: str) -> dict:
+    """The parameters of a preset, checked here once, before the first notebook has run for long.
+
+    Raises:
+        ReportError: there is no such preset, or a parameter in it cannot be used.
+    """
+    if name not in presets():
+        raise ReportError(f"There is no preset {name!r}; choose from {', '.join(presets())}.")
+    path = NOTEBOOKS / "parameters" / f"{name}.yaml"
+    parameters = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        runs.Settings(**parameters)
+    except (TypeError, runs.ParameterError) as error:  # TypeError: a name that is not known
+        raise ReportError(f"{shown(path)} cannot be used: {error}") from None
+    return parameters
+
+
+def make_report(preset: str, seed: int) -> Path:
+    """Execute the four notebooks with a preset and a seed, one run for all, and render them.
+
+    Returns:
+        the page to begin with, `report/<preset>/index.html`.
+
+    Raises:
+        ReportError: the preset is unknown, or a notebook stopped.
+    """
+    run = runs.free_name(f"{preset}-seed{seed}")
+    parameters = read_preset(preset) | {"seed": seed, "run": run}
+    folder = REPORT / preset
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (*folder.glob("*.ipynb"), *folder.glob("*.html")):
+        old.unlink()
+
+    print(f"Run {run} of the preset {preset}, into {shown(folder)}; first, the data.", flush=True)
+    dataset = data.load_data().name  # here, so that a download is not the first notebook's time
+    durations = {}
+    for name in SEQUENCE:
+        target = folder / f"{name}.ipynb"
+        notebook, durations[name] = execute(name, target, parameters)
+        render(notebook, target.with_suffix(".html"), dataset)
+        if name == TRAINING:
+            keep(notebook, run)
+    index = folder / "index.html"
+    render(overview(runs.read(run), durations), index, dataset)
+    return index
+
+
+def execute(name: str, target: Path, parameters: dict) -> tuple[NotebookNode, float]:
+    """Execute notebook `name` as JupyterLab would, in its own folder, into the file `target`.
+
+    Of `parameters` it is given those that it declares. Its time is printed when it is done; the
+    lines of the training notebook are printed as they come.
+
+    Returns:
+        the executed notebook, without absolute paths, and the seconds that it took.
+
+    Raises:
+        ReportError: it stopped; `target` holds what it had done.
+    """
+    source = NOTEBOOKS / f"{name}.ipynb"
+    declared = papermill.inspect_notebook(source)
+    started, failure = time.perf_counter(), None
+    try:
+        papermill.execute_notebook(
+            source,
+            target,
+            {key: value for key, value in parameters.items() if key in declared},
+            cwd=NOTEBOOKS,
+            progress_bar=False,
+            coalesce_streams=True,
+            stdout_file=sys.stdout if name == TRAINING else None,
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # not on unencrypted ports
+        )
+    except PapermillExecutionError as error:
+        failure = f"{name} stopped at its cell [{error.exec_count}], {error.ename}: {error.evalue}"
+    except DeadKernelError:
+        failure = f"{name} stopped because its kernel died, perhaps for want of memory"
+    seconds = time.perf_counter() - started
+    notebook = portable(nbformat.read(target, as_version=4))
+    nbformat.write(notebook, target)
+    if failure:
+        raise ReportError(f"{failure.rstrip('.')}. What it had done is in {shown(target)}.")
+    print(f"{name:<20} {duration(seconds):>9}", flush=True)
+    return notebook, seconds
+
+
+def keep(notebook: NotebookNode, run: str) -> None:
+    """Keep the executed training notebook with the record of the run that it made."""
+    nbformat.write(notebook, runs.RUNS / run / f"{TRAINING}.ipynb")
+
+
+def shown(path: Path) -> str:
+    """A path as the user knows it: from the project's root."""
+    return str(path.relative_to(data.ROOT) if path.is_relative_to(data.ROOT) else path)
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+# ---- stored outputs
+
+
+def publish(numbers: list[str]) -> None:
+    """Execute notebooks with their own parameters and store the outputs in `notebooks/`.
+
+    Args:
+        numbers: the first two characters of the notebooks' names. Without 03, the analysis reads
+            the run that the stored 03 made.
+
+    Raises:
+        ReportError: a notebook stopped, the data are not CIFAR-10, or outputs hold what they
+            should not; then nothing is stored for that notebook.
+    """
+    if data.load_data().name != "cifar10":
+        raise ReportError("The stored outputs are those of CIFAR-10, and here is only a stand-in.")
+    folder = REPORT / "published"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in SEQUENCE:
+        if name[:2] not in numbers:
+            continue
+        target = folder / f"{name}.ipynb"
+        executed, _ = execute(name, target, {})
+        if found := faults(executed):
+            raise ReportError(
+                f"{name} is not stored, for its outputs hold {'; '.join(found)}; "
+                f"they are in {shown(target)}."
+            )
+        source = NOTEBOOKS / f"{name}.ipynb"
+        notebook = nbformat.read(source, as_version=4)
+        nbformat.write(with_outputs(notebook, executed), source)
+        if name == TRAINING:
+            own = runs.Settings()
+            keep(executed, runs.latest(f"{own.preset}-seed{own.seed}"))
+
+
+def with_outputs(notebook: NotebookNode, executed: NotebookNode) -> NotebookNode:
+    """`notebook`, its metadata untouched, with the outputs of `executed`, cell by cell."""
+    for cell, done in zip(notebook.cells, executed.cells, strict=True):
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = done.outputs, done.execution_count
+    return notebook
+
+
+def portable(notebook: NotebookNode) -> NotebookNode:
+    """`notebook` without the paths of this machine: the project's root and the user's home."""
+
+    def shorten(value):
+        if isinstance(value, str):
+            return value.replace(f"{data.ROOT}/", "").replace(f"{Path.home()}/", "~/")
+        if isinstance(value, list):
+            return [shorten(item) for item in value]
+        if isinstance(value, dict):
+            return NotebookNode({key: shorten(item) for key, item in value.items()})
+        return value
+
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = shorten(cell.outputs)
+    if "papermill" in notebook.metadata:
+        notebook.metadata.papermill = shorten(notebook.metadata.papermill)
+    return notebook
+
+
+# What stored outputs should not hold. A path counts from a folder that machines have; so the
+# "/" of a URL, of an HTML tag and of a fraction is none.
+FAULTS = {
+    "an absolute path": re.compile(
+        r"(?<![\w.~:/<])/(?:home|root|tmp|usr|opt|var|mnt|work|content|Users|private)/\S*"
+        r"|\b[A-Z]:\\\w\S*"
+    ),
+    "a warning": re.compile(r"\b\w*Warning\b|\bDEPRECAT\w*"),
+    "a traceback": re.compile(r"Traceback \(most recent call last\)"),
+    "a progress bar": re.compile(r"[█▏▎▍▌▋▊▉]|\d+%\||\bit/s\b"),
+}
+
+
+def faults(notebook: NotebookNode) -> list[str]:
+    """What the outputs of `notebook` hold that stored outputs should not, each with its cell."""
+    found = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            where = f"in cell [{cell.execution_count}]"
+            if output.output_type == "error":
+                found.append(f"an error {where}: {output.ename}")
+            text = "\n".join(texts(output))
+            for fault, pattern in FAULTS.items():
+                if match := pattern.search(text):
+                    found.append(f"{fault} {where}: {match.group()[:60]}")
+    return found
+
+
+def texts(output: NotebookNode) -> list[str]:
+    """The readable parts of an output: not its pictures."""
+    if output.output_type == "stream":
+        return [output.text]
+    if output.output_type == "error":
+        return output.traceback
+    return [value for kind, value in output.data.items() if kind.startswith("text/")]
+
+
+# ---- pages
+
+# What the lab template of nbconvert loads from the network (require.js, MathJax, Mermaid) is left
+# out: the page is one file, and the browser draws formulas from MathML.
+PAGE = """
+{%- extends 'lab/index.html.j2' -%}
+{%- block html_head_js -%}{%- endblock -%}
+{%- block html_head_js_mathjax -%}{%- endblock -%}
+{%- block html_head_js_mermaidjs -%}{%- endblock -%}
+{%- block html_head_css -%}
+<style>
+  body.jp-Notebook { margin: 0; padding: 0; }
+  main, nav { max-width: 60rem; margin: 0 auto; padding: 0 1rem; }
+  nav { padding-top: 1rem; font: 0.9rem sans-serif; }
+  nav a { margin-right: 1.5em; color: #0b5394; }
+  .stand-in { position: sticky; top: 0; z-index: 9; margin: 0; padding: 0.8rem;
+    background: #b00020; color: white; font: bold 1.1rem sans-serif; text-align: center; }
+  .jp-RenderedHTMLCommon { font-size: 1rem; line-height: 1.5; }
+  .jp-InputArea pre { white-space: pre-wrap; }
+  math { font-family: "STIX Two Math", "Cambria Math", "Latin Modern Math", math; }
+  math[display=block] { margin: 1em 0; }
+  .jp-OutputArea-output img, .jp-OutputArea-output svg { max-width: 100%; height: auto; }
+</style>
+{%- endblock -%}
+{%- block body_header -%}
+<body class="jp-Notebook" data-jp-theme-light="true">
+{% if resources.stand_in %}<p class="stand-in" role="alert">{{ resources.stand_in }}</p>{% endif %}
+<nav>
+{% for page, text in resources.pages %}<a href="{{ page }}.html">{{ text }}</a>{% endfor %}
+</nav>
+<main>
+{%- endblock -%}
+{%- block data_latex -%}
+<div class="jp-RenderedLatex jp-OutputArea-output">
+{{ output.data['text/latex'] | markdown2html }}
+</div>
+{%- endblock -%}
+"""
+STAND_IN = "STAND-IN DATA, not CIFAR-10: the numbers on this page say nothing about CIFAR-10."
+
+
+class MathRenderer(IPythonRenderer):
+    """Markdown to HTML with formulas as MathML."""
+
+    def inline_math(self, body: str) -> str:
+        return convert(body)
+
+    def block_math(self, body: str) -> str:
+        return convert(body, display="block")
+
+    def latex_environment(self, name: str, body: str) -> str:
+        return convert(rf"\begin{{{name}}}{body}\end{{{name}}}", display="block")
+
+
+class PageExporter(HTMLExporter):
+    """A notebook to a page that needs nothing beside itself, network included."""
+
+    def __init__(self) -> None:
+        loader = DictLoader({"page.html.j2": PAGE})
+        super().__init__(template_file="page.html.j2", extra_loaders=[loader], embed_images=True)
+
+    @pass_context
+    def markdown2html(self, context, source: str) -> str:
+        renderer = MathRenderer(escape=False, embed_images=True, path=str(NOTEBOOKS))
+        return MarkdownWithMath(renderer=renderer).render(source)
+
+
+def render(notebook: NotebookNode, target: Path, dataset: str) -> None:
+    """Write `notebook` as the page `target`; on any `dataset` but CIFAR-10 it says so on top."""
+    stand_in = dataset != "cifar10"
+    resources = {
+        "metadata": {"name": title(notebook) + " (stand-in data)" * stand_in},
+        "stand_in": STAND_IN if stand_in else "",
+        "pages": [("index", "Overview"), *((name, name.replace("_", " ")) for name in SEQUENCE)],
+    }
+    html, _ = PageExporter().from_notebook_node(notebook, resources)
+    for name in SEQUENCE:  # links from notebook to notebook become links from page to page
+        html = html.replace(f'href="{name}.ipynb', f'href="{name}.html')
+    target.write_text(html, encoding="utf-8")
+
+
+def title(notebook: NotebookNode) -> str:
+    """The first heading."""
+    heading = re.search(r"^# (.+)$", "\n".join(cell.source for cell in notebook.cells), re.M)
+    return heading.group(1) if heading else "Report"
+
+
+def overview(run: runs.Run, durations: dict[str, float]) -> NotebookNode:
+    """The first page, as a notebook: what came out, how long each notebook took, with what."""
+    metrics, hardware = run.metrics, run.metrics["hardware"]
+    machine = hardware.get("gpu", f"{hardware['threads']} threads of {hardware['processor']}")
+    dataset = "CIFAR-10" if metrics["dataset"] == "cifar10" else "the stand-in"
+    accuracy = (
+        f"**Test accuracy on {dataset}: {metrics['test_accuracy']:.2%}**, without test-time "
+        "augmentation"
+    )
+    if metrics.get("test_accuracy_tta") is not None:
+        accuracy += f" ({metrics['test_accuracy_tta']:.2%} with it)"
+    rows = [
+        f"| [{name.replace('_', ' ')}]({name}.ipynb) | {duration(seconds)} |"
+        for name, seconds in durations.items()
+    ]
+    values = [f"| {name} | `{value}` |" for name, value in run.config.items()]
+    text = [
+        "# A network of input-weighted convolution blocks",
+        "",
+        f"{accuracy}, after {duration(metrics['train_seconds'])} of training on {machine}; "
+        f"{metrics['parameters']:,} parameters.",
+        "",
+        *("| Notebook | Time |", "|:--|--:|", *rows),
+        "",
+        "## Parameters of this run",
+        "",
+        f"Its record is in `notebooks/runs/{run.name}/`.",
+        "",
+        *("| Parameter | Value |", "|:--|:--|", *values),
+    ]
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("\n".join(text))])
+
+
+# ---- the command
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """See the module's first lines; ends with one sentence and status 1 if something stops it."""
+    parser = argparse.ArgumentParser(prog="python -m helpers.report", description=__doc__)
+    parser.add_argument("--preset", default="quick", help=f"one of {', '.join(presets())}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--publish", action="store_true", help="store outputs in notebooks/")
+    numbers = [name[:2] for name in SEQUENCE]
+    parser.add_argument("--only", nargs="+", choices=numbers, help="publish only these")
+    options = parser.parse_args(arguments)
+    if options.only and not options.publish:
+        parser.error("--only goes with --publish")
+    try:
+        if options.publish:
+            publish(options.only or numbers)
+        else:
+            print(f"Begin with {shown(make_report(options.preset, options.seed))}")
+    except (ReportError, data.DataError, runs.ParameterError, runs.RunError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("Stopped from the keyboard; what was executed is in report/.")
+
+
+if __name__ == "__main__":
+    main()

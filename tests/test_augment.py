@@ -1,0 +1,107 @@
+"""The augmentation: what it does to pixels, what it leaves alone, where its chance comes from."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.augment import Augmentation, mirror, shift
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def some_images(count: int = 12) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=seeded())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("reach", [1, 2, 4, 31])
+def test_shift_moves_by_whole_pixels_with_reflection(reach: int, dtype: torch.dtype) -> None:
+    images = some_images().to(dtype)
+    down, right = torch.randint(-reach, reach + 1, (2, len(images)), generator=seeded(1))
+    moved = shift(images, down, right)
+    rim = ((0, 0), (reach, reach), (reach, reach))
+    for image, result, d, r in zip(images, moved, down.tolist(), right.tolist()):
+        padded = np.pad(image.numpy(), rim, mode="reflect")
+        expected = padded[:, reach - d : reach - d + 32, reach - r : reach - r + 32]
+        assert np.array_equal(result.numpy(), expected)
+    assert moved.dtype == dtype
+
+
+def test_shift_goes_down_and_right() -> None:
+    image = torch.zeros(1, 3, 32, 32)
+    image[:, :, 10, 20] = 1
+    moved = shift(image, torch.tensor([3]), torch.tensor([-2]))
+    assert moved[0, :, 13, 18].tolist() == [1, 1, 1]
+    assert moved.sum() == 3
+
+
+def test_shift_of_images_that_are_not_square() -> None:
+    images = torch.arange(2 * 3 * 5 * 9).view(2, 3, 5, 9)
+    moved = shift(images, torch.tensor([1, 0]), torch.tensor([0, 2]))
+    assert torch.equal(moved[0, :, 1:], images[0, :, :-1])
+    assert torch.equal(moved[0, :, 0], images[0, :, 1])  # the reflection
+    assert torch.equal(moved[1, :, :, 2:], images[1, :, :, :-2])
+
+
+def test_mirror_touches_only_the_chosen() -> None:
+    images = some_images(4)
+    mirrored = mirror(images, torch.tensor([True, False, True, False]))
+    assert np.array_equal(mirrored[0], images[0].numpy()[:, :, ::-1])
+    assert torch.equal(mirrored[1], images[1])
+    assert torch.equal(mirrored[2].flip(2), images[2])
+    assert torch.equal(mirrored[3], images[3])
+
+
+def test_mirror_alternates_between_epochs() -> None:
+    images, index = some_images(200), torch.arange(200)
+    augment = Augmentation(200, translate=0, flip=True, generator=seeded())
+    epochs = [augment(images, index, epoch) for epoch in range(4)]
+    assert torch.equal(epochs[0], epochs[2])
+    assert torch.equal(epochs[1], epochs[3])
+    assert torch.equal(epochs[0].flip(3), epochs[1])
+    as_they_are = (epochs[0] == images).flatten(1).all(dim=1).sum().item()
+    assert 60 < as_they_are < 140  # about half of the images begin mirrored
+
+
+def test_mirror_belongs_to_the_image_and_not_to_its_place_in_the_batch() -> None:
+    images, order = some_images(20), torch.randperm(20, generator=seeded(5))
+    augment = Augmentation(20, translate=0, flip=True, generator=seeded())
+    whole = augment(images, torch.arange(20), 0)
+    assert torch.equal(augment(images[order], order, 0), whole[order])
+
+
+def test_shapes_and_types_stay_and_every_move_occurs() -> None:
+    images = torch.zeros(2000, 3, 32, 32, dtype=torch.uint8)
+    images[:, :, 16, 16] = 255
+    augment = Augmentation(2000, translate=2, flip=False, generator=seeded())
+    result = augment(images, torch.arange(2000), 0)
+    assert result.shape == images.shape and result.dtype == torch.uint8
+    places = {tuple(place) for place in (result[:, 0] > 0).nonzero()[:, 1:].tolist()}
+    assert places == {(row, column) for row in range(14, 19) for column in range(14, 19)}
+
+
+def test_nothing_asked_for_is_nothing_done() -> None:
+    images = some_images()
+    augment = Augmentation(12, translate=0, flip=False, generator=seeded())
+    assert torch.equal(augment(images, torch.arange(12), 1), images)
+
+
+def test_chance_comes_from_the_generator_alone() -> None:
+    images, index = some_images(), torch.arange(12)
+    first = Augmentation(12, 2, True, seeded(3))(images, index, 0)
+    torch.rand(5)  # the global generator moves on
+    before = torch.get_rng_state()
+    second = Augmentation(12, 2, True, seeded(3))(images, index, 0)
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(first, Augmentation(12, 2, True, seeded(4))(images, index, 0))
+
+
+@pytest.mark.parametrize("translate", [-1, 32, 1.5, True, "2"])
+def test_a_translation_that_is_not_allowed_is_named(translate: object) -> None:
+    with pytest.raises(ValueError, match=r"translate=.* is not allowed; use whole pixels"):
+        Augmentation(10, translate, True, seeded())

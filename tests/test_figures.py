@@ -1,0 +1,76 @@
+"""Every figure of notebooks 03 and 04 is drawn from what the helpers give, with labelled axes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from helpers import data, evaluation, figures
+
+GENERATOR = torch.Generator().manual_seed(0)
+LOGITS = 3 * torch.randn(200, 10, generator=GENERATOR)
+LABELS = torch.arange(200) % 10
+COUNTS = evaluation.confusion(LOGITS, LABELS)
+GATES = [torch.rand(200, L, generator=GENERATOR).softmax(dim=1) for L in (2, 4)]
+BATCHES = pd.DataFrame({"epoch": [1] * 30 + [2] * 30, "loss": np.linspace(2, 1, 60)})
+HISTORY = pd.DataFrame(
+    {
+        "epoch": [1, 2],
+        "training_accuracy_running": [0.4, 0.6],
+        "training_accuracy": [None, 0.7],
+        "validation_accuracy": [None, None],
+        "test_accuracy": [0.5, 0.65],
+    }
+)
+
+
+def draw_all() -> dict[str, Figure]:
+    images = torch.zeros(7, 3, 32, 32, dtype=torch.uint8)
+    means = [evaluation.class_means(a, LABELS) for a in GATES]
+    return {
+        "batch_losses": figures.batch_losses(BATCHES),
+        "accuracy_by_epoch": figures.accuracy_by_epoch(HISTORY, evaluation.PUBLISHED),
+        "confusion": figures.confusion(COUNTS, data.CLASSES),
+        "class_accuracies": figures.class_accuracies(evaluation.class_table(COUNTS, data.CLASSES)),
+        "mistakes": figures.mistakes(images, ["cat"] * 7, ["dog"] * 7, [0.9] * 7),
+        "reliability": figures.reliability(evaluation.calibration(LOGITS, LABELS)),
+        "gates_by_class": figures.gates_by_class(means, data.CLASSES),
+        "gate_entropies": figures.gate_entropies([evaluation.entropy(a) for a in GATES]),
+    }
+
+
+def test_figures_are_labelled_and_legends_are_short() -> None:
+    figures.use_style()
+    for name, drawn in draw_all().items():
+        titles = [axes.get_xlabel() + axes.get_title() for axes in drawn.axes]
+        assert any(titles), name
+        for axes in drawn.axes:
+            legend = axes.get_legend()
+            assert legend is None or len(legend.get_texts()) <= 6, name
+
+
+def test_the_plots_of_the_sheet_show_every_batch_and_every_epoch() -> None:
+    loss = figures.batch_losses(BATCHES).axes[0].lines[0]
+    assert loss.get_ydata().tolist() == BATCHES["loss"].tolist()
+    lines = {line.get_label(): line for line in figures.accuracy_by_epoch(HISTORY).axes[0].lines}
+    assert lines["test"].get_ydata().tolist() == pytest.approx([50, 65])
+    assert lines["training, clean images"].get_xdata().tolist() == [2]
+    assert "validation" not in lines  # there was no split
+
+
+def test_a_figure_is_saved_under_its_label_and_is_the_same_every_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    figures.use_style()
+    written = []
+    for _ in range(2):
+        figures.save(figures.batch_losses(BATCHES), "loss", "stand-in")
+        written.append((tmp_path / "figures" / "stand-in" / "loss.svg").read_bytes())
+    assert written[0] == written[1]
+    assert (tmp_path / "figures" / "stand-in" / "loss.png").is_file()

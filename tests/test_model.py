@@ -1,0 +1,525 @@
+"""The block is the sheet's formula, in every form; the networks are what they say they are."""
+
+import itertools
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from helpers import figures, model
+from helpers.model import (
+    BlockNetwork,
+    IntermediateBlock,
+    OutputBlock,
+    WhiteningStem,
+    basic_network,
+    layer_table,
+)
+
+# L, kernel sizes, stride, height and width of the map, gate
+SHAPES = [
+    (1, 3, 1, (5, 5), "linear"),
+    (2, 3, 1, (8, 8), "softmax"),
+    (2, (1, 5), 2, (7, 5), "sigmoid"),
+    (3, (3, 1, 5), 1, (5, 9), "linear"),
+    (3, (5, 3, 3), 2, (6, 6), "softmax"),
+    (4, 1, 1, (4, 3), "linear"),
+    (4, 1, 2, (5, 5), "sigmoid"),
+    (5, (1, 3, 3, 5, 7), 2, (9, 8), "linear"),
+    (8, 3, 1, (3, 2), "softmax"),
+    (8, 3, 2, (1, 1), "sigmoid"),
+]
+# One image, a full part of mixed kernels and a rest, so that no boundary goes untested.
+BATCHES = (1, 2 * model.IMAGES_AT_ONCE + 3)
+
+
+def block_of(shape, form="auto", dtype=torch.float64, seed=0):
+    """A block 3 → 4 channels whose every parameter is random, `fc` too."""
+    L, kernel_size, stride, _, gate = shape
+    torch.manual_seed(seed)
+    block = IntermediateBlock(3, 4, L, kernel_size, stride, gate, form=form).to(dtype)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    return block
+
+
+def random_maps(shape, b=4, channels=3, memory_format=torch.contiguous_format):
+    x = torch.randn(b, channels, *shape[3], generator=torch.Generator().manual_seed(1))
+    return x.double().to(memory_format=memory_format).requires_grad_()
+
+
+def formula(block, x):
+    """Σ aₗ·Cₗ(x) as the sheet writes it, from unfolded patches: no convolution, no fc module."""
+    m = x.flatten(2).sum(2) / x[0, 0].numel()
+    a = torch.einsum("bc,lc->bl", m, block.fc.weight) + block.fc.bias
+    if block.gate_function == "softmax":
+        a = a.exp() / a.exp().sum(1, keepdim=True)
+    if block.gate_function == "sigmoid":
+        a = 1 / (1 + (-a).exp())
+    h, w = (-(-n // block.stride) for n in x.shape[2:])
+    total = 0
+    for l, branch in enumerate(block.branches):
+        out, _, k, _ = branch.weight.shape
+        patches = F.unfold(x, k, padding=k // 2, stride=block.stride)  # b×(c·k·k)×(h·w)
+        c_x = torch.einsum("of,bfp->bop", branch.weight.reshape(out, -1), patches)
+        if branch.bias is not None:
+            c_x = c_x + branch.bias[None, :, None]
+        total = total + a[:, l, None, None] * c_x
+    return total.reshape(len(x), -1, h, w)
+
+
+def value_and_gradients(function, block, x):
+    """x′ and the gradients of a fixed, uneven sum of it: of x and of every parameter by name."""
+    x_new = function(x)
+    pull = torch.sin(torch.arange(x_new.numel(), dtype=x_new.dtype)).view(x_new.shape)
+    names, parameters = zip(*block.named_parameters())
+    gradients = torch.autograd.grad((x_new * pull).sum(), [x, *parameters])
+    return {"x′": x_new, **dict(zip(["x", *names], gradients))}
+
+
+def assert_same(measured, expected, **tolerance):
+    assert measured.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(
+            measured[name], expected[name], **tolerance, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+# ---- the block equals the formula
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("form", ["branches", "mixed", "auto"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_value_and_gradients_equal_the_formula(shape, form, memory_format):
+    for b in BATCHES:
+        block, x = block_of(shape, form), random_maps(shape, b, memory_format=memory_format)
+        expected = value_and_gradients(lambda x, block=block: formula(block, x), block, x)
+        assert len(expected) == 2 + 2 * shape[0] + 2  # x′ and x, kernels and biases, fc
+        assert_same(value_and_gradients(block, block, x), expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", ["branches", "mixed"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_float32_equals_the_formula_to_rounding(shape, form):
+    exact, x = block_of(shape, form), random_maps(shape, 11)
+    expected = value_and_gradients(lambda x: formula(exact, x), exact, x)
+    block, x32 = block_of(shape, form).float(), x.detach().float().requires_grad_()
+    measured = value_and_gradients(block, block, x32)
+    for name, value in expected.items():
+        largest = value.abs().max().clamp(min=1)
+        assert (measured[name] - value).abs().max() < 1e-5 * largest, name
+
+
+@pytest.mark.parametrize("L", range(1, 9))
+def test_forms_agree_without_biases(L):
+    torch.manual_seed(L)
+    block = IntermediateBlock(5, 6, L, bias=False, form="branches").double()
+    nn.init.normal_(block.fc.weight)
+    x = random_maps((L, 3, 1, (6, 7), "softmax"), 10, channels=5)
+    expected = value_and_gradients(block, block, x)
+    block.form = "mixed"
+    assert_same(value_and_gradients(block, block, x), expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("k", "stride"), [(1, 1), (3, 1), (3, 2), (5, 2)])
+def test_mixed_convolution_passes_gradcheck(k, stride):
+    torch.manual_seed(0)
+    b, L = model.IMAGES_AT_ONCE + 1, 3
+    x, a = torch.randn(b, 1, 4, 3).double(), torch.randn(b, L).double()
+    weight = torch.randn(L, 2, 1, k, k).double()
+    inputs = [tensor.requires_grad_() for tensor in (x, a, weight)]
+    assert torch.autograd.gradcheck(
+        lambda x, a, weight: model.mixed_convolution(x, a, weight, stride), inputs
+    )
+
+
+def test_mixed_convolution_refuses_a_second_derivative():
+    block, x = block_of(SHAPES[1], "mixed"), random_maps(SHAPES[1])
+    (gradient,) = torch.autograd.grad((block(x) ** 2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_mixed_form_keeps_no_kernels_of_images():
+    b, c, out, L = 64, 16, 16, 4
+    block = IntermediateBlock(c, out, L, form="mixed")
+    saved = {}  # by memory, since parameters and views of them are saved more than once
+
+    def keep(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(torch.randn(b, c, 8, 8))
+    padded_x, kernels = 4 * b * c * 10 * 10, 4 * L * out * c * 9
+    kernels_of_images = 4 * b * out * c * 9
+    assert sum(saved.values()) < padded_x + 2 * kernels + 4 * b * (c + 10 * L) + 10_000
+    assert max(saved.values()) <= padded_x < kernels_of_images
+
+
+# ---- the gate, and the defects of other answers
+
+
+def test_softmax_a_sums_to_one_and_linear_a_can_be_negative():
+    for gate in model.GATES:
+        shape = (4, 3, 1, (4, 4), gate)
+        a = block_of(shape).gate(random_maps(shape, 50))
+        assert a.shape == (50, 4)
+        assert (a < 0).any() == (gate == "linear")
+        rows_of_one = torch.allclose(a.sum(1), torch.ones(50).double())
+        assert rows_of_one == (gate == "softmax")
+        assert gate != "sigmoid" or bool(((a > 0) & (a < 1)).all())
+
+
+@pytest.mark.parametrize("gate", model.GATES)
+@pytest.mark.parametrize("L", [1, 2, 5])
+def test_a_starts_at_one_over_L_but_can_leave_it(gate, L):
+    shape = (L, 3, 1, (6, 6), gate)
+    block, x = IntermediateBlock(3, 4, L, gate=gate).double(), random_maps(shape, 7)
+    a = block.gate(x)
+    start = 0.5 if gate == "sigmoid" and L == 1 else 1 / L  # a sigmoid never reaches 1
+    torch.testing.assert_close(a, torch.full_like(a, start))
+    (block(x) ** 2).sum().backward()
+    alone = gate == "softmax" and L == 1  # always 1
+    assert alone or block.fc.weight.grad.abs().min() > 0, "the branches start alike"
+
+
+def test_a_weights_branches_not_channels():
+    """Were a applied to channels, a one-hot a would not pick exactly one branch."""
+    L = 4
+    block = IntermediateBlock(3, L, L, gate="linear", form="branches")
+    x = torch.randn(5, 3, 6, 6)
+    for form, l in itertools.product(("branches", "mixed"), range(L)):
+        block.form = form
+        block.fc.bias.data = F.one_hot(torch.tensor(l), L).float()
+        torch.testing.assert_close(block(x), block.branches[l](x), rtol=1e-5, atol=1e-5)
+
+
+def test_each_image_has_its_own_a():
+    shape = (3, 3, 1, (6, 6), "softmax")
+    x = random_maps(shape, 11)
+    for form in ("branches", "mixed"):
+        block = block_of(shape, form)
+        alone = torch.cat([block(image[None]) for image in x])
+        torch.testing.assert_close(block(x), alone)
+
+
+@pytest.mark.parametrize("L", [1, 2, 5])
+def test_every_branch_is_called_once_and_with_the_same_x(L):
+    block = IntermediateBlock(3, 3, L, form="branches")  # an output would do as another's input
+    received = {l: [] for l in range(L)}
+    for l, branch in enumerate(block.branches):
+        branch.register_forward_hook(lambda _, inputs, __, l=l: received[l].append(inputs[0]))
+    x = torch.randn(2, 3, 5, 5)
+    block(x)
+    assert [len(inputs) for inputs in received.values()] == [1] * L
+    assert all(inputs[0] is x for inputs in received.values())
+
+
+def test_fc_has_L_units_on_the_channel_means():
+    block = block_of((3, 3, 1, (4, 6), "linear"))
+    received = []
+    block.fc.register_forward_hook(lambda _, inputs, __: received.append(inputs[0]))
+    x = random_maps((3, 3, 1, (4, 6), "linear"))
+    block(x)
+    assert (block.fc.in_features, block.fc.out_features) == (3, 3)
+    assert len(received) == 1
+    torch.testing.assert_close(
+        received[0], torch.stack([x[:, c].mean((1, 2)) for c in range(3)], 1)
+    )
+
+
+def test_branches_are_independent_convolutions():
+    block = IntermediateBlock(3, 4, branches=3, kernel_size=(1, 3, 5))
+    assert [branch.kernel_size for branch in block.branches] == [(1, 1), (3, 3), (5, 5)]
+    assert all(type(branch) is nn.Conv2d for branch in block.branches)
+    assert len({branch.weight.data_ptr() for branch in block.branches}) == 3
+    start = [branch.weight.flatten()[:12] for branch in block.branches]
+    assert not any(torch.equal(p, q) for p, q in itertools.combinations(start, 2))
+
+
+# ---- which form
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "kernel_size", "form"),
+    [
+        (16, 1, 3, "mixed"),
+        (8, 1, 3, "mixed"),  # 64 positions × 1 convolution saved: just worth it
+        (7, 1, 3, "branches"),
+        (15, 2, 3, "mixed"),  # 8×8 positions after the stride
+        (8, 2, 3, "branches"),
+        (8, 1, (1, 5), "branches"),  # the 1×1 branch is hardly a convolution saved
+    ],
+)
+def test_auto_takes_the_cheaper_form_by_shapes(size, stride, kernel_size, form):
+    block = IntermediateBlock(3, 4, 2, kernel_size, stride)
+    assert block.form_for(torch.empty(1, 3, size, size)) == form
+
+
+def test_auto_mixes_on_a_cpu_only_and_one_branch_never():
+    block = IntermediateBlock(3, 4, 2)
+    assert block.form_for(torch.empty(1, 3, 32, 32, device="meta")) == "branches"
+    assert IntermediateBlock(3, 4, 1).form_for(torch.empty(1, 3, 32, 32)) == "branches"
+    for form in ("branches", "mixed"):
+        block.form = form
+        for size in (1, 32):
+            assert block.form_for(torch.empty(1, 3, size, size, device="meta")) == form
+
+
+# ---- output block and stem
+
+
+@pytest.mark.parametrize("hidden", [(), (7,), (8, 6)])
+def test_output_block_is_channel_means_and_all_its_layers(hidden):
+    block = OutputBlock(5, 10, hidden)
+    x = torch.randn(4, 5, 3, 7)
+    linear = [layer for layer in block.fc if isinstance(layer, nn.Linear)]
+    assert [fc.out_features for fc in linear] == [*hidden, 10]
+    units = torch.stack([x[:, c].mean((1, 2)) for c in range(5)], 1)
+    for number, fc in enumerate(linear):
+        units = units @ fc.weight.t() + fc.bias
+        if number < len(linear) - 1:
+            units = units.clamp(min=0)
+    assert block(x).shape == (4, 10)
+    torch.testing.assert_close(block(x), units)
+    block(x).square().sum().backward()
+    assert all(fc.weight.grad.abs().sum() > 0 for fc in linear), "a layer is not used"
+
+
+def test_stem_whitens():
+    """Without a regulariser, the outputs on the patches that it was fitted to are uncorrelated."""
+    generator = torch.Generator().manual_seed(0)
+    colour = torch.randn(3, 3, generator=generator)
+    images = torch.einsum("cd,ndhw->nchw", colour, torch.randn(400, 3, 16, 16, generator=generator))
+    images = 2 + F.avg_pool2d(images, 3, stride=1, padding=1)  # neighbours are correlated
+    stem = WhiteningStem(40)
+    stem.regulariser = 0.0
+    stem.fit(images)
+    outputs = F.conv2d(images, stem.weight, stride=stem.kernel_size)
+    first, opposite = outputs.transpose(0, 1).flatten(1).chunk(2)
+    torch.testing.assert_close(opposite, -first)
+    torch.testing.assert_close(torch.cov(first), torch.eye(20), rtol=0, atol=1e-2)
+    patches = F.unfold(images, 4, stride=4).transpose(0, 1).flatten(1)
+    assert torch.corrcoef(patches).fill_diagonal_(0).abs().max() > 0.3, "nothing to whiten"
+
+
+def test_stem_filters_are_fixed_and_come_with_the_weights():
+    stem = WhiteningStem(8)
+    stem.fit(torch.randn(50, 3, 8, 8))
+    assert not list(stem.parameters())
+    copy = WhiteningStem(8)
+    copy.load_state_dict(stem.state_dict())
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(copy(x), stem(x))
+    assert stem(x).shape == (2, 8, 4, 4)
+
+
+# ---- networks
+
+
+def test_basic_network_has_nothing_added():
+    network = basic_network()
+    containers = (BlockNetwork, IntermediateBlock, OutputBlock, nn.ModuleList, nn.Sequential)
+    others = [m for m in network.modules() if not isinstance(m, (*containers, nn.Identity))]
+    assert {type(module) for module in others} == {nn.Conv2d, nn.Linear}
+    assert all(block.gate_function == "linear" for block in network.blocks)
+    assert all(len(block.branches) >= 2 for block in network.blocks)
+    linear = sum(type(module) is nn.Linear for module in others)
+    assert linear == len(network.blocks) + 1  # one fc a block and one in the output block
+
+
+def test_basic_network_is_the_formula_block_by_block():
+    network = basic_network().double()
+    for block in network.blocks:
+        nn.init.normal_(block.fc.weight)
+    x = images = torch.randn(2, 3, 32, 32).double()
+    for block in network.blocks:
+        x = formula(block, x)
+    fc = network.output.fc[0]
+    expected = x.mean((2, 3)) @ fc.weight.t() + fc.bias
+    torch.testing.assert_close(network(images), expected)
+
+
+def test_network_runs_its_layers_in_order_and_each_once():
+    network = BlockNetwork([8, 16, 16], branches=2, stem_filters=8, pool_after=[1, 3])
+    called = []
+    for name, layer in network.named_modules():
+        if isinstance(layer, (IntermediateBlock, OutputBlock, nn.BatchNorm2d, nn.MaxPool2d)):
+            layer.register_forward_hook(lambda *_, name=name: called.append(name))
+    assert network(torch.randn(3, 3, 32, 32)).shape == (3, 10)
+    assert called == [
+        *("blocks.0", "between.0.0", "between.0.1", "blocks.1", "between.1.0"),
+        *("blocks.2", "between.2.0", "between.2.1", "output"),
+    ]
+
+
+def test_gates_are_those_that_the_blocks_use():
+    network = BlockNetwork([8, 8], branches=[2, 3], normalise=False).eval()
+    used = []
+    for block in network.blocks:
+        nn.init.normal_(block.fc.weight)
+        block.fc.register_forward_hook(lambda _, __, a: used.append(a.softmax(1)))
+    x = torch.randn(2, 3, 8, 8)
+    network(x)
+    gates = network.gates(x)
+    assert [a.shape for a in gates] == [(2, 2), (2, 3)]
+    assert all(torch.equal(a, b) for a, b in zip(gates, used))
+
+
+def test_branches_and_strides_may_differ_from_block_to_block():
+    network = BlockNetwork([4, 4, 4], branches=[1, 2, 3], strides=[2, 1, 2])
+    assert [len(block.branches) for block in network.blocks] == [1, 2, 3]
+    assert [block.stride for block in network.blocks] == [2, 1, 2]
+
+
+# ---- wrong arguments
+
+WRONG_BLOCKS = [
+    ({"branches": 0}, ["branches=0", "at least 1"]),
+    ({"branches": True}, ["branches=True", "integer"]),
+    ({"branches": 2.0}, ["branches=2.0", "integer"]),
+    ({"in_channels": 0}, ["in_channels=0", "at least 1"]),
+    ({"out_channels": -4}, ["out_channels=-4", "at least 1"]),
+    ({"stride": 0}, ["stride=0", "at least 1"]),
+    ({"kernel_size": 4}, ["kernel_size=4", "even", "1, 3, 5"]),
+    ({"kernel_size": (3, 2)}, ["kernel_size=2", "even", "1, 3, 5"]),
+    ({"kernel_size": (3, 3, 3)}, ["kernel_size=(3, 3, 3)", "2 branches", "one for each"]),
+    ({"kernel_size": 0}, ["kernel_size=0", "at least 1"]),
+    ({"kernel_size": 3.0}, ["kernel_size=3.0", "integer"]),
+    ({"kernel_size": "3"}, ["kernel_size='3'", "one number"]),
+    ({"gate": "relu"}, ["gate='relu'", "linear, softmax, sigmoid"]),
+    ({"form": "fast"}, ["form='fast'", "auto, branches, mixed"]),
+]
+WRONG_NETWORKS = [
+    ({"widths": []}, ["widths=[]", "at least one block"]),
+    ({"widths": [8, 0]}, ["out_channels=0", "at least 1"]),
+    ({"branches": [2, 2, 2]}, ["branches=[2, 2, 2]", "2 blocks", "one for each"]),
+    ({"branches": 2.5}, ["branches=2.5", "integer"]),
+    ({"strides": [1]}, ["strides=[1]", "2 blocks", "one for each"]),
+    ({"strides": [1, 0]}, ["strides=0", "at least 1"]),
+    ({"pool_after": [3]}, ["pool_after=[3]", "1 to 2"]),
+    ({"pool_after": [0]}, ["pool_after=[0]", "1 to 2"]),
+    ({"activation": "tanh"}, ["activation='tanh'", "none, relu, gelu, silu"]),
+    ({"stem_filters": 5}, ["filters=5", "even number from 2 to 96"]),
+    ({"stem_filters": 98}, ["filters=98", "even number from 2 to 96"]),
+    ({"stem_filters": "48"}, ["filters='48'", "even number from 2 to 96"]),
+    ({"hidden": [0]}, ["hidden=0", "at least 1"]),
+    ({"classes": 0}, ["classes=0", "at least 1"]),
+]
+WRONG_INPUTS = [
+    (IntermediateBlock(3, 4), (2, 4, 8, 8), ["x of shape (2, 4, 8, 8)", "b×3×h×w"]),
+    (IntermediateBlock(3, 4), (3, 8, 8), ["x of shape (3, 8, 8)", "b×3×h×w"]),
+    (OutputBlock(5), (2, 3, 4, 4), ["x of shape (2, 3, 4, 4)", "b×5×h×w"]),
+    (WhiteningStem(4), (2, 1, 8, 8), ["x of shape (2, 1, 8, 8)", "b×3×h×w"]),
+    (BlockNetwork([4]), (2, 1, 8, 8), ["x of shape (2, 1, 8, 8)", "3 channels"]),
+]
+
+
+def assert_message(raised, words):
+    missing = [word for word in words if word not in str(raised.value)]
+    assert not missing, f"{missing} not in: {raised.value}"
+
+
+@pytest.mark.parametrize(("arguments", "words"), WRONG_BLOCKS, ids=str)
+def test_wrong_arguments_of_a_block_are_named(arguments, words):
+    with pytest.raises(ValueError) as raised:
+        IntermediateBlock(**{"in_channels": 3, "out_channels": 4, **arguments})
+    assert_message(raised, words)
+
+
+@pytest.mark.parametrize(("arguments", "words"), WRONG_NETWORKS, ids=str)
+def test_wrong_arguments_of_a_network_are_named(arguments, words):
+    with pytest.raises(ValueError) as raised:
+        BlockNetwork(**{"widths": [8, 8], **arguments})
+    assert_message(raised, words)
+
+
+@pytest.mark.parametrize(("module", "shape", "words"), WRONG_INPUTS, ids=str)
+def test_images_of_the_wrong_shape_are_named(module, shape, words):
+    with pytest.raises(ValueError) as raised:
+        module(torch.zeros(shape))
+    assert_message(raised, words)
+
+
+# ---- what it costs
+
+
+def test_layer_table_equals_counts_by_hand():
+    network = BlockNetwork(
+        [4, 6], branches=[2, 3], kernel_size=1, strides=[1, 2], stem_filters=2, pool_after=[1],
+        hidden=(5,), normalise=True, activation="relu", form="branches",
+    )  # fmt: skip
+    table = layer_table(network, image_size=16)
+    assert list(table.index) == ["stem", "B1", "after B1", "B2", "after B2", "output"]
+    assert list(table["output"]) == ["2×8×8", "4×8×8", "4×4×4", "6×2×2", "6×2×2", "10"]
+    assert list(table["parameters"]) == [
+        0,  # the stem does not learn
+        2 * 2 * 4 + (2 * 2 + 2),  # two 1×1 kernels without biases, fc
+        4,  # batch norm learns its biases only
+        3 * 4 * 6 + (4 * 3 + 3),
+        6,
+        (6 * 5 + 5) + (5 * 10 + 10),
+    ]
+    written = [
+        2 * 3 * 16 * 64,  # 4×4 patches of 3 channels at 8×8 positions
+        2 * (2 * 4) * 64 + 2 * 2 + 2 * 4 * 64,  # convolutions, fc, weighted sum
+        0,
+        3 * (4 * 6) * 4 + 4 * 3 + 3 * 6 * 4,
+        0,
+        6 * 5 + 5 * 10,
+    ]
+    assert list(table["multiply-adds as written"]) == written
+    assert list(table["multiply-adds as evaluated"]) == written
+    assert list(table["form"]) == ["", "branches", "", "branches", "", ""]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_table_counts_the_mixing_of_kernels(bias):
+    network = BlockNetwork(
+        [5], 2, kernel_size=(1, 3), gate="linear", normalise=not bias, activation="none",
+        form="mixed",
+    )  # fmt: skip
+    row = layer_table(network, image_size=4).loc["B1"]
+    gate = 3 * 2
+    assert row["parameters"] == 3 * 5 * (1 + 9) + bias * 2 * 5 + gate + 2
+    assert row["multiply-adds as written"] == 3 * 5 * (1 + 9) * 16 + gate + 2 * 5 * 16
+    mixing = 2 * 3 * 5 * 9 + bias * 2 * 5  # the 1×1 kernel is padded to 3×3
+    assert row["multiply-adds as evaluated"] == mixing + 3 * 5 * 9 * 16 + gate
+
+
+def test_layer_table_leaves_the_network_as_it_was():
+    network = BlockNetwork([4, 4], stem_filters=4).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    table = layer_table(network)
+    assert network.training
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert not any(module._forward_hooks for module in network.modules())
+    learned = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    assert table["parameters"].sum() == learned
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"widths": [8]},
+        {"widths": [8, 16, 24], "stem_filters": 12, "pool_after": [1, 2]},
+        {"widths": [32, 8, 64, 16], "strides": [2, 1, 1, 2], "pool_after": [4]},
+        {"widths": [8, 8], "normalise": False, "activation": "none"},
+    ],
+    ids=str,
+)
+def test_network_diagram_states_every_shape(arguments):
+    network = BlockNetwork(**arguments)
+    (axes,) = figures.network_diagram(network).axes
+    written = [text.get_text() for text in axes.texts]
+    table = layer_table(network)
+    assert not plt.get_fignums()
+    for name, output in table["output"].items():
+        channels, _, size = output.partition("×")
+        assert size in written or name == "output"
+        assert name in written or name.startswith("after")
+        assert channels in written

@@ -1,0 +1,308 @@
+"""The notebooks: their shape, their stored outputs, and the three ways in which they are run."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from conftest import NO_NETWORK
+from nbformat import NotebookNode
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+
+import helpers
+from helpers import report, runs
+from helpers.data import ROOT
+
+NOTEBOOKS = ROOT / "notebooks"
+PRESETS = ("full", "quick", "smoke")
+# As helpers/__init__.py states it: the order in which an image travels.
+ORDER = re.findall(r"\w+(?=\s*→)|(?<=→)\s*\w+", helpers.__doc__)
+ORDER = tuple(dict.fromkeys(module.strip() for module in ORDER))
+# The smoke preset's ways on a network that trains in seconds.
+TINY = {
+    "train_images": 500, "basic_images": 200, "batch_size": 100, "epochs": 1,
+    "widths": [8, 8, 8, 8], "branches": 2, "stem_filters": 12,
+}  # fmt: skip
+
+each_notebook = pytest.mark.parametrize("name", report.SEQUENCE)
+
+
+def read(name: str) -> NotebookNode:
+    return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def tagged(notebook: NotebookNode, tag: str) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+
+
+def read_preset(name: str) -> dict:
+    return yaml.safe_load((NOTEBOOKS / "parameters" / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+# ---- shape
+
+
+def test_the_folder_holds_the_sequence() -> None:
+    assert sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")) == list(report.SEQUENCE)
+
+
+@each_notebook
+def test_notebook_is_valid_and_begins_with_its_title(name: str) -> None:
+    notebook = read(name)
+    nbformat.validate(notebook)
+    assert notebook.cells[0].source.startswith(f"# {name[:2]} · ")
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert "papermill" not in notebook.metadata
+
+
+def test_setup_is_the_same_everywhere() -> None:
+    assert len({code_cells(read(name))[0].source for name in report.SEQUENCE}) == 1
+
+
+@each_notebook
+def test_prose_stands_before_code(name: str) -> None:
+    cells = read(name).cells
+    kinds = [cell.cell_type for cell in cells]
+    explained = [kinds[i - 1] == "markdown" for i, kind in enumerate(kinds) if kind == "code"]
+    assert sum(explained) >= 0.9 * len(explained), f"{explained.count(False)} without prose"
+
+
+@each_notebook
+def test_cells_are_short_and_define_no_long_functions(name: str) -> None:
+    for cell in code_cells(read(name)):
+        assert len(cell.source.splitlines()) <= 30, cell.source
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 6, f"{node.name} belongs in helpers"
+            assert not isinstance(node, ast.ClassDef), "classes belong in helpers"
+
+
+@each_notebook
+def test_sources_hold_no_absolute_path(name: str) -> None:
+    for cell in read(name).cells:
+        assert not report.FAULTS["an absolute path"].search(cell.source), cell.source
+
+
+@each_notebook
+def test_formulas_can_be_shown_offline(name: str, tmp_path: Path) -> None:
+    report.render(read(name), tmp_path / "page.html", "cifar10")
+    formulas = re.findall(r"<math .*?</math>", (tmp_path / "page.html").read_text("utf-8"), re.S)
+    for formula in formulas:
+        assert "\\" not in formula, f"a command that is not converted: {formula}"
+
+
+# ---- parameters
+
+
+def declared_in(name: str) -> dict:
+    """The parameters of a notebook and their defaults."""
+    (cell,) = tagged(read(name), "parameters")
+    statements = ast.parse(cell.source).body
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in statements}
+
+
+@each_notebook
+def test_default_parameters_are_the_quick_preset(name: str) -> None:
+    expected = dataclasses.asdict(runs.Settings()) | read_preset("quick")
+    declared = declared_in(name)
+    assert declared == {key: expected[key] for key in declared}
+
+
+def test_every_parameter_is_declared_somewhere() -> None:
+    known = {field.name for field in dataclasses.fields(runs.Settings)}
+    assert set().union(*map(declared_in, report.SEQUENCE)) == known
+    assert set(read_preset("quick")) == known - {"seed", "run"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_can_be_used(preset: str) -> None:
+    parameters = read_preset(preset)
+    assert runs.Settings(**parameters).preset == preset
+
+
+# ---- stored outputs
+
+
+@each_notebook
+def test_stored_outputs_are_clean(name: str) -> None:
+    notebook = read(name)
+    assert report.faults(notebook) == []
+    for cell in code_cells(notebook):
+        assert cell.execution_count or not cell.outputs, "outputs without an execution count"
+        assert not {"papermill", "execution"} & set(cell.metadata), "timings are no output"
+
+
+@each_notebook
+def test_notebook_is_small(name: str) -> None:
+    limit = 1_500_000 if name == "01_data_exploration" else 500_000  # 01 shows photographs
+    assert (NOTEBOOKS / f"{name}.ipynb").stat().st_size <= limit
+
+
+# ---- the three ways: JupyterLab's (nbval), the report's, papermill's
+
+
+def output_of(process: subprocess.CompletedProcess) -> str:
+    return f"{process.stdout[-6000:]}\n{process.stderr[-3000:]}"
+
+
+def test_nbval_in_jupyterlabs_folder(
+    copy_project: Callable[[], Path], run_python: Callable[..., subprocess.CompletedProcess]
+) -> None:
+    """All cells run with the smoke preset, each kernel in the notebook's own folder; cells tagged
+    nbval-check-output give what is stored."""
+    project = copy_project()
+    parameters = read_preset("smoke") | {"run": "smoke", "train_images": 500, "epochs": 1}
+    for name in report.SEQUENCE:
+        notebook = load_notebook_node(str(NOTEBOOKS / f"{name}.ipynb"))
+        given = {key: value for key, value in parameters.items() if key in declared_in(name)}
+        notebook = parameterize_notebook(notebook, given)
+        (injected,) = tagged(notebook, "injected-parameters")
+        check = nbformat.v4.new_code_cell(f"assert str(data.ROOT) == {str(project)!r}")
+        notebook.cells.insert(notebook.cells.index(injected), check)
+        nbformat.write(notebook, project / "notebooks" / f"{name}.ipynb")
+    paths = [f"notebooks/{name}.ipynb" for name in report.SEQUENCE]
+    options = ["--nbval-lax", "-x", "--nbval-cell-timeout=600", "--nbval-current-env"]
+    process = run_python(
+        "-m", "pytest", *options, "-p", "no:cacheprovider", *paths, project=project, cwd=project
+    )
+    assert process.returncode == 0, output_of(process)
+
+
+@pytest.fixture(scope="module")
+def tiny_project(copy_project: Callable[[], Path]) -> Path:
+    """A copy of the project whose smoke preset takes seconds."""
+    project = copy_project()
+    preset = project / "notebooks" / "parameters" / "smoke.yaml"
+    preset.write_text(yaml.safe_dump(read_preset("smoke") | TINY), encoding="utf-8")
+    return project
+
+
+def test_whole_report_without_data_and_network(
+    tiny_project: Path,
+    tmp_path: Path,
+    run_python: Callable[..., subprocess.CompletedProcess],
+) -> None:
+    process = run_python(
+        *("-m", "helpers.report", "--preset", "smoke", "--seed", "1"),
+        project=tiny_project,
+        cwd=tiny_project,
+        CIFAR10_ROOT=str(tmp_path),
+        **NO_NETWORK,
+    )
+    assert process.returncode == 0, output_of(process)
+    for name in report.SEQUENCE:
+        assert re.search(rf"^{name} +[\d.]+ (s|min)$", process.stdout, re.M), process.stdout
+    for name in ("index", *report.SEQUENCE):
+        html = (tiny_project / "report" / "smoke" / f"{name}.html").read_text(encoding="utf-8")
+        assert report.STAND_IN in html, name
+        assert "(stand-in data)</title>" in html, name
+    run = tiny_project / "notebooks" / "runs" / "smoke-seed1"
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["dataset"] == "stand-in"
+    assert metrics["preset"] == "smoke"
+    assert metrics["seed"] == 1
+    assert not list(tmp_path.glob("**/*.tar.gz"))
+
+    training = nbformat.read(run / "03_training.ipynb", as_version=4)
+    assert report.faults(training) == []
+    for cell in code_cells(training):
+        streams = [out.name for out in cell.outputs if out.output_type == "stream"]
+        assert len(streams) == len(set(streams)), "an output for each line"
+
+
+def papermill(notebook: Path, folder: Path, *options: str) -> list[str]:
+    """The command of the README, from a folder that is not the project's."""
+    presets = notebook.parent / "parameters"
+    target = folder / "out.ipynb"
+    given = ["-f", str(presets / "smoke.yaml"), *options, "--no-progress-bar"]
+    return ["-m", "papermill", str(notebook), str(target), *given]
+
+
+def test_papermill_from_another_folder(
+    tiny_project: Path, tmp_path: Path, run_python: Callable[..., subprocess.CompletedProcess]
+) -> None:
+    notebook = tiny_project / "notebooks" / "03_training.ipynb"
+    command = papermill(notebook, tmp_path, "-p", "seed", "3", "-p", "run", "from-afar")
+    process = run_python(*command, project=tiny_project, cwd=tmp_path)
+    assert process.returncode == 0, output_of(process)
+    config = tiny_project / "notebooks" / "runs" / "from-afar" / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    assert settings["seed"] == 3
+    assert settings["train_images"] == TINY["train_images"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("momentun", "0.9"), ("epochs", "many")])
+def test_papermill_stops_at_a_wrong_parameter(
+    tiny_project: Path,
+    tmp_path: Path,
+    run_python: Callable[..., subprocess.CompletedProcess],
+    name: str,
+    value: str,
+) -> None:
+    notebook = tiny_project / "notebooks" / "03_training.ipynb"
+    command = papermill(notebook, tmp_path, "-p", name, value, "-p", "run", "wrong")
+    process = run_python(*command, project=tiny_project, cwd=tmp_path)
+    assert process.returncode != 0
+    assert f"Parameter {name} " in process.stderr
+    assert not (tiny_project / "notebooks" / "runs" / "wrong").exists()
+
+
+# ---- what imports what
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """The modules that a source imports, helpers as `helpers.<module>`."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "helpers":
+            found |= {f"helpers.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found
+
+
+def test_helpers_are_those_of_the_order() -> None:
+    modules = {path.stem for path in (ROOT / "helpers").glob("*.py")} - {"__init__"}
+    assert modules == set(ORDER)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_run_one_way(module: str) -> None:
+    """A module imports only those before it."""
+    tree = ast.parse((ROOT / "helpers" / f"{module}.py").read_text(encoding="utf-8"))
+    imported = {name.split(".")[1] for name in imports(tree) if name.startswith("helpers.")}
+    assert imported <= set(ORDER[: ORDER.index(module)])
+
+
+def test_requirements_list_what_is_imported() -> None:
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    listed = {re.split("==", line)[0].lower() for line in lines if "==" in line}
+    sources = [
+        path.read_text(encoding="utf-8")
+        for folder in ("helpers", "tests")
+        for path in (ROOT / folder).glob("*.py")
+    ]
+    sources += ["\n".join(c.source for c in code_cells(read(name))) for name in report.SEQUENCE]
+    top = {name.split(".")[0] for source in sources for name in imports(ast.parse(source))}
+    ours = {"helpers"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
+    distributions = packages_distributions()
+    for name in top - ours - set(sys.stdlib_module_names):
+        assert {found.lower() for found in distributions[name]} & listed, f"{name} is not listed"
+    assert lines[-1] == "-e ."

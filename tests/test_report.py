@@ -1,0 +1,249 @@
+"""The report's own work, tried on small notebooks that need no data and no training."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from helpers import data, report, runs
+
+KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+
+
+def notebook_of(*cells: str, parameters: str = "seed = 0") -> nbformat.NotebookNode:
+    """A notebook: a heading, a parameters cell, and code cells."""
+    head = new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    codes = [new_code_cell(cell) for cell in cells]
+    return new_notebook(cells=[new_markdown_cell("# A title"), head, *codes], metadata=KERNEL)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with four small notebooks and one preset, in which the report works."""
+    notebooks = tmp_path / "notebooks"
+    (notebooks / "parameters").mkdir(parents=True)
+    (notebooks / "parameters" / "small.yaml").write_text("preset: small\nepochs: 2\n")
+    for name in report.SEQUENCE:
+        nbformat.write(notebook_of("print(seed)"), notebooks / f"{name}.ipynb")
+    monkeypatch.setattr(data, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "NOTEBOOKS", notebooks)
+    monkeypatch.setattr(report, "REPORT", tmp_path / "report")
+    monkeypatch.setattr(runs, "RUNS", notebooks / "runs")
+    return tmp_path
+
+
+def use_dataset(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "load_data", lambda: data.ImageData(name, None, None))
+
+
+# ---- the command
+
+
+def test_unknown_preset_is_told_the_presets(project: Path) -> None:
+    with pytest.raises(SystemExit, match="no preset 'fast'; choose from small"):
+        report.main(["--preset", "fast"])
+
+
+@pytest.mark.parametrize(
+    ("line", "named"), [("momentun: 0.9", "momentun"), ("learning_rate: 1e-3", "learning_rate")]
+)
+def test_preset_with_a_wrong_parameter_stops_before_the_first_notebook(
+    project: Path, line: str, named: str
+) -> None:
+    preset = project / "notebooks" / "parameters" / "small.yaml"
+    preset.write_text(preset.read_text() + line + "\n")
+    with pytest.raises(SystemExit, match=rf"small\.yaml cannot be used.*{named}"):
+        report.main(["--preset", "small"])
+    assert not (project / "report").exists()
+
+
+def test_only_needs_publish(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        report.main(["--only", "01"])
+    assert "--only goes with --publish" in capsys.readouterr().err
+
+
+def test_the_notebook_that_stops_is_named_and_kept(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_dataset("cifar10", monkeypatch)
+    stopping = notebook_of("print('so far')", "1 / 0", "print('never')")
+    nbformat.write(stopping, project / "notebooks" / "01_data_exploration.ipynb")
+    with pytest.raises(SystemExit) as stop:
+        report.main(["--preset", "small"])
+    sentence = str(stop.value)
+    assert "01_data_exploration stopped at its cell [" in sentence
+    assert "ZeroDivisionError" in sentence
+    kept = project / "report" / "small" / "01_data_exploration.ipynb"
+    assert str(kept.relative_to(project)) in sentence
+    assert "so far" in kept.read_text()
+
+
+# ---- executing
+
+
+def test_execute_gives_declared_parameters_and_stores_no_path(
+    project: Path, capfd: pytest.CaptureFixture
+) -> None:
+    source = project / "notebooks" / "03_training.ipynb"
+    cells = "from pathlib import Path\nprint(seed, Path.cwd() / 'x')", "print('a line')\nseed + 1"
+    nbformat.write(notebook_of(*cells), source)
+    target = project / "03.ipynb"
+    notebook, seconds = report.execute("03_training", target, {"seed": 7, "epochs": 3})
+    injected, first, second = notebook.cells[2:]
+    assert injected.source.splitlines()[1:] == ["seed = 7"]
+    assert first.outputs[0].text == "7 notebooks/x\n"
+    assert second.outputs[1].data["text/plain"] == "8"
+    assert str(project) not in target.read_text()
+    assert seconds > 0
+    assert "a line" in capfd.readouterr().out  # of the training notebook, live
+
+
+# ---- stored outputs
+
+
+def output(text: str) -> nbformat.NotebookNode:
+    return new_output("stream", name="stdout", text=text)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("saved /home/ann/project/x.png", "an absolute path"),
+        ("see '/tmp/x'", "an absolute path"),
+        ("UserWarning: old", "a warning"),
+        ("Traceback (most recent call last):", "a traceback"),
+        (" 50%|█████     | 1/2", "a progress bar"),
+    ],
+)
+def test_faults_of_stored_outputs_are_found(text: str, fault: str) -> None:
+    notebook = notebook_of("1")
+    notebook.cells[-1].outputs = [output(text)]
+    assert fault in report.faults(notebook)[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["https://example.org/home/x", "accuracy 89.0% at 3/4", "notebooks/runs/quick-seed0"]
+)
+def test_what_only_looks_like_a_fault_is_none(text: str) -> None:
+    notebook = notebook_of("1")
+    notebook.cells[-1].outputs = [output(text)]
+    assert report.faults(notebook) == []
+
+
+def test_an_error_output_is_a_fault() -> None:
+    notebook = notebook_of("1")
+    notebook.cells[-1].outputs = [
+        new_output("error", ename="KeyError", evalue="x", traceback=["KeyError: x"])
+    ]
+    assert "KeyError" in report.faults(notebook)[0]
+
+
+def test_publish_stores_outputs_and_nothing_else(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_dataset("cifar10", monkeypatch)
+    path = project / "notebooks" / "02_model_definition.ipynb"
+    others = [project / "notebooks" / f"{name}.ipynb" for name in report.SEQUENCE if name[1] != "2"]
+    before = nbformat.read(path, as_version=4)
+    untouched = [other.read_bytes() for other in others]
+    report.main(["--publish", "--only", "02"])
+    after = nbformat.read(path, as_version=4)
+    assert after.cells[-1].outputs[0].text == "0\n"
+    assert [cell.execution_count for cell in after.cells[1:]] == [1, 2]
+    for cell in after.cells[1:]:
+        cell.outputs, cell.execution_count = [], None
+    assert after == before
+    assert [other.read_bytes() for other in others] == untouched
+
+
+def test_publish_refuses_faults_and_leaves_the_notebook(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_dataset("cifar10", monkeypatch)
+    path = project / "notebooks" / "01_data_exploration.ipynb"
+    nbformat.write(notebook_of("import warnings\nwarnings.warn('old')"), path)
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match=r"01_data_exploration is not stored.*a warning in"):
+        report.main(["--publish"])
+    assert path.read_bytes() == before
+
+
+def test_publish_refuses_the_stand_in(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_dataset("stand-in", monkeypatch)
+    with pytest.raises(SystemExit, match="CIFAR-10"):
+        report.main(["--publish"])
+
+
+# ---- pages
+
+FORMULAS = r"""# The block & its formula
+
+With $x' = \sum_{l=1}^{L} a_l\,C_l(x)$, code `$PATH`, dollars: $5, and a [link](03_training.ipynb).
+
+$$ m_c = \frac{1}{HW} \sum_{i,j} x_{c,i,j} $$
+"""
+
+
+def page(tmp_path: Path, dataset: str) -> str:
+    notebook = notebook_of("1")
+    notebook.cells[0].source = FORMULAS
+    notebook.cells[-1].outputs = [new_output("display_data", {"text/latex": r"$\frac{a}{b}$"})]
+    target = tmp_path / "page.html"
+    report.render(notebook, target, dataset)
+    return target.read_text(encoding="utf-8")
+
+
+def loaded(html: str) -> list[str]:
+    """What a browser would fetch to show the page."""
+    tags = re.findall(r"<(?:script|img|iframe|link)\b[^>]*?\b(?:src|href)=\"(?!data:)[^\"]*", html)
+    return tags + re.findall(r"@import[^;]*|\burl\((?!['\"]?(?:data:|#))[^)]*|\bimport\(.*", html)
+
+
+def test_page_needs_no_network(tmp_path: Path) -> None:
+    assert loaded(page(tmp_path, "cifar10")) == []
+
+
+def test_formulas_are_mathml(tmp_path: Path) -> None:
+    html = page(tmp_path, "cifar10")
+    assert html.count("<math ") == 3
+    assert html.count('display="block"') == 1
+    assert "<code>$PATH</code>" in html
+    assert "dollars: $5" in html
+
+
+def test_links_between_notebooks_are_links_between_pages(tmp_path: Path) -> None:
+    html = page(tmp_path, "cifar10")
+    assert 'href="03_training.html"' in html
+    assert "03_training.ipynb" not in html
+
+
+def test_stand_in_is_said_on_top_and_in_the_title(tmp_path: Path) -> None:
+    html = page(tmp_path, "stand-in")
+    assert re.search(r"<title>The block &amp; its formula \(stand-in data\)</title>", html)
+    assert html.index(report.STAND_IN) < html.index("<h1")
+
+
+def test_cifar10_has_no_banner(tmp_path: Path) -> None:
+    html = page(tmp_path, "cifar10")
+    assert report.STAND_IN not in html
+    assert "stand-in data" not in html
+
+
+def test_overview_states_what_came_out() -> None:
+    metrics = {
+        "dataset": "stand-in",
+        "test_accuracy": 0.8912,
+        "test_accuracy_tta": 0.9,
+        "train_seconds": 840.0,
+        "parameters": 1_234_567,
+        "hardware": {"threads": 2, "processor": "A processor"},
+    }
+    run = runs.Run("r", Path("r"), {"epochs": 4}, None, None, metrics)
+    text = report.overview(run, {"03_training": 900.0}).cells[0].source
+    for part in ("the stand-in: 89.12%", "90.00% with it", "14.0 min", "1,234,567", "15.0 min"):
+        assert part in text

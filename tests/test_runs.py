@@ -1,0 +1,190 @@
+"""Parameters are checked at once, and a record holds what the run was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from helpers import data, runs
+from helpers.runs import ParameterError, RunError, Settings
+
+PRESETS = sorted((data.ROOT / "notebooks" / "parameters").glob("*.yaml"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("epochs", "1e-3", "integer"),
+        ("epochs", 0, "from 1"),
+        ("epochs", True, "integer"),
+        ("seed", -1, "from 0"),
+        ("seed", 1.5, "integer"),
+        ("learning_rate", "1e-3", "with a point"),  # as YAML gives an unpointed 1e-3
+        ("learning_rate", float("nan"), "number"),
+        ("learning_rate", float("inf"), "number"),
+        ("learning_rate", -0.1, "from 0"),
+        ("label_smoothing", 1.0, "0.999"),
+        ("widths", "(1, 2)", "list"),  # as papermill gives a tuple
+        ("widths", [64, "128"], "list"),
+        ("widths", [], "widths"),
+        ("branches", [2, 2], "blocks"),
+        ("branches", 0, "integer"),
+        ("kernel_size", 4, "even"),
+        ("pool_after", [9], "blocks are 1 to"),
+        ("stem_filters", 3, "even"),
+        ("gate", "tanh", "linear, softmax, sigmoid"),
+        ("activation", None, "none, relu"),
+        ("flip", "yes", "true or false"),
+        ("run", "../elsewhere", "letters"),
+        ("preset", "", "letters"),
+        ("translate", 32, "31"),
+        ("train_images", 60_000, "50000"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(name: str, value: object, remedy: str) -> None:
+    with pytest.raises(ParameterError) as caught:
+        Settings(**{name: value})
+    assert name.replace("_", " ") in str(caught.value).replace("_", " ")
+    assert remedy in str(caught.value)
+
+
+def test_check_parameters_takes_the_notebooks_variables() -> None:
+    namespace = {"seed": 7, "epochs": 3, "something_else": object(), "In": ["seed = 0"]}
+    assert runs.check_parameters(namespace) == Settings(seed=7, epochs=3)
+
+
+def test_a_name_that_papermill_injects_and_nobody_knows_is_refused() -> None:
+    injected = "# Parameters\nseed = 3\nmomentun = 0.9\n"
+    with pytest.raises(ParameterError, match="momentun"):
+        runs.check_parameters({"seed": 3, "momentun": 0.9, "In": ["", "seed = 0", injected]})
+
+
+def test_presets_are_complete_and_pass_the_checks() -> None:
+    assert {path.stem for path in PRESETS} == {"smoke", "quick", "full"}
+    for path in PRESETS:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = Settings(**values)
+        names = {field.name for field in dataclasses.fields(Settings)} - {"seed", "run"}
+        assert set(values) == names, path.name
+        assert settings.preset == path.stem
+    quick = yaml.safe_load((PRESETS[0].parent / "quick.yaml").read_text(encoding="utf-8"))
+    assert Settings(**quick) == Settings()
+
+
+def test_every_preset_has_two_branches_at_least_in_every_block() -> None:
+    for path in PRESETS:
+        settings = Settings(**yaml.safe_load(path.read_text(encoding="utf-8")))
+        with torch.device("meta"):
+            assert all(len(block.branches) >= 2 for block in settings.network().blocks)
+
+
+def test_an_unknown_device_is_refused() -> None:
+    for name in ("tpu", "cuda:99"):
+        with pytest.raises(ParameterError, match=name):
+            runs.pick_device(name)
+    assert runs.pick_device("cpu").type == "cpu"
+
+
+def write_run(settings: Settings, images: data.ImageData) -> runs.Run:
+    record = runs.Record(settings, images)
+    record.add_epoch({"epoch": 1, "test_accuracy": 0.5}, [{"epoch": 1, "batch": 1, "loss": 2.0}])
+    record.add_epoch({"epoch": 2, "test_accuracy": 0.6}, [{"epoch": 2, "batch": 1, "loss": 1.0}])
+    return record.finish(settings.network(), {"dataset": images.name, "test_accuracy": 0.6})
+
+
+def small(name: str = "") -> Settings:
+    return Settings(widths=[4], pool_after=[], stem_filters=0, run=name)
+
+
+def test_a_record_reads_back_as_it_was_written(folder: Path, tiny_images: data.ImageData) -> None:
+    run = write_run(small(), tiny_images)
+    again = runs.read("quick-seed0")
+    assert again.metrics == run.metrics == {"dataset": "stand-in", "test_accuracy": 0.6}
+    assert again.config["dataset"] == "stand-in"
+    assert again.history["test_accuracy"].tolist() == [0.5, 0.6]
+    assert again.batches["loss"].tolist() == [2.0, 1.0]
+    assert runs.settings_of(again) == small("quick-seed0")
+    x = torch.randn(2, 3, 32, 32)
+    state = torch.load(folder / "quick-seed0" / "weights.pt", weights_only=True)
+    fresh = small().network()
+    fresh.load_state_dict(state)
+    assert torch.equal(runs.load_network(again)(x), fresh.eval()(x))
+
+
+def test_what_is_known_after_an_epoch_is_on_disk_after_it(
+    folder: Path, tiny_images: data.ImageData
+) -> None:
+    record = runs.Record(small(), tiny_images)
+    record.add_epoch({"epoch": 1, "test_accuracy": 0.5}, [{"epoch": 1, "batch": 1, "loss": 2.0}])
+    assert len(pd.read_csv(folder / record.name / "history.csv")) == 1
+    assert json.loads((folder / record.name / "config.json").read_text())["seed"] == 0
+    with pytest.raises(RunError, match="not finished"):
+        runs.read(record.name)
+
+
+def test_two_runs_never_share_a_name(folder: Path, tiny_images: data.ImageData) -> None:
+    assert write_run(small(), tiny_images).name == "quick-seed0"
+    assert write_run(small(), tiny_images).name == "quick-seed0-2"
+    assert runs.latest("quick-seed0") == "quick-seed0-2"
+    with pytest.raises(RunError, match="quick-seed0-2 is there already"):
+        runs.Record(small("quick-seed0-2"), tiny_images)
+
+
+def test_latest_does_not_take_another_seeds_run(folder: Path, tiny_images: data.ImageData) -> None:
+    write_run(small("quick-seed10"), tiny_images)
+    with pytest.raises(RunError, match=r"no finished run quick-seed1;.*quick-seed10"):
+        runs.latest("quick-seed1")
+
+
+def test_missing_runs_and_weights_are_named(folder: Path, tiny_images: data.ImageData) -> None:
+    with pytest.raises(RunError, match="no run nothing"):
+        runs.read("nothing")
+    run = write_run(small(), tiny_images)
+    (run.folder / "weights.pt").unlink()
+    with pytest.raises(RunError, match="no weights"):
+        runs.load_network(run)
+
+
+def test_a_run_is_not_analysed_on_other_data(folder: Path, tiny_images: data.ImageData) -> None:
+    run = write_run(small(), tiny_images)
+    runs.check_same_data(run, tiny_images)
+    with pytest.raises(RunError, match="stand-in"):
+        runs.check_same_data(run, dataclasses.replace(tiny_images, name="cifar10"))
+
+
+def test_training_parts_hold_out_what_is_asked(tiny_images: data.ImageData) -> None:
+    training, validation = runs.training_parts(tiny_images, Settings(validation=20))
+    assert (len(training), len(validation)) == (len(tiny_images.train) - 20, 20)
+    both = torch.cat([training.images, validation.images]).flatten(1)
+    assert len(both.unique(dim=0)) == len(tiny_images.train)  # no image in both
+    training, validation = runs.training_parts(tiny_images, Settings(train_images=30))
+    assert len(training) == 30 and validation is None
+
+
+def test_committed_records_say_what_they_must() -> None:
+    """The records that the report speaks of; a copy of the project may have none."""
+    keys = {
+        "dataset", "preset", "seed", "test_accuracy", "test_accuracy_tta", "validation_accuracy",
+        "training_accuracy", "train_seconds", "parameters", "hardware", "versions",
+    }  # fmt: skip
+    for run in map(runs.read, runs.names()):
+        assert keys <= set(run.metrics), run.name
+        assert run.metrics["test_accuracy"] == run.history["test_accuracy"].iloc[-1], run.name
+        assert len(run.history) == run.metrics["epochs"], run.name
+        assert run.config["dataset"] == run.metrics["dataset"], run.name
+        settings = runs.settings_of(run)
+        images = (settings.train_images or 50_000) - settings.validation
+        steps = settings.epochs * -(-images // settings.batch_size)
+        assert len(run.batches) == steps, run.name  # the loss of each training batch

@@ -1,0 +1,191 @@
+"""The loop does what the report says of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from helpers import data, evaluation, runs, training
+from helpers.runs import Settings
+
+SMALL = Settings(
+    widths=[8, 8],
+    pool_after=[1],
+    stem_filters=12,
+    branches=2,
+    epochs=3,
+    batch_size=32,
+    device="cpu",
+)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def quiet(images: data.ImageData, settings: Settings) -> tuple[torch.nn.Module, runs.Run]:
+    return training.train(images, settings, report=lambda line: None)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(
+    tiny_images: data.ImageData,
+) -> None:
+    network, run = quiet(tiny_images, SMALL)
+    torch.randn(17)  # somebody else draws from the global generator
+    again, second = quiet(tiny_images, SMALL)
+    other, third = quiet(tiny_images, dataclasses.replace(SMALL, seed=1))
+    assert run.batches["loss"].tolist() == second.batches["loss"].tolist()
+    for ours, theirs in zip(network.parameters(), again.parameters()):
+        assert torch.equal(ours, theirs)
+    assert run.batches["loss"].tolist() != third.batches["loss"].tolist()
+
+
+def test_measuring_more_often_does_not_change_the_training(
+    tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, run = quiet(tiny_images, SMALL)
+    step = training.train_batch
+
+    def measure_after_every_batch(network: torch.nn.Module, *arguments: object) -> tuple:
+        done = step(network, *arguments)
+        evaluation.predict(network, tiny_images.test)
+        return done
+
+    monkeypatch.setattr(training, "train_batch", measure_after_every_batch)
+    _, measured = quiet(tiny_images, SMALL)
+    assert measured.batches["loss"].tolist() == run.batches["loss"].tolist()
+
+
+def test_training_leaves_the_global_generator_alone(tiny_images: data.ImageData) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    quiet(tiny_images, SMALL)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_record_holds_every_batch_and_exact_accuracies(tiny_images: data.ImageData) -> None:
+    lines: list[str] = []
+    settings = dataclasses.replace(SMALL, validation=20)
+    network, run = training.train(tiny_images, settings, report=lines.append)
+    batches = -(-(len(tiny_images.train) - 20) // 32)  # the last one is ragged
+    assert (len(tiny_images.train) - 20) % 32
+    assert run.batches.groupby("epoch").size().tolist() == [batches] * 3
+    assert run.history["epoch"].tolist() == [1, 2, 3]
+    test = evaluation.accuracy(
+        evaluation.predict(network, tiny_images.test), tiny_images.test.labels
+    )
+    assert run.metrics["test_accuracy"] == test == run.history["test_accuracy"].iloc[-1]
+    kept, held_out = runs.training_parts(tiny_images, settings)
+    for name, part in (("training_accuracy", kept), ("validation_accuracy", held_out)):
+        exact = evaluation.accuracy(evaluation.predict(network, part), part.labels)
+        assert run.metrics[name] == exact
+    assert run.history["training_accuracy"].isna().tolist() == [True, True, False]
+    assert len(lines) == 3 and "test" in lines[0] and "left" in lines[0]
+    loaded = evaluation.predict(runs.load_network(run), tiny_images.test)
+    assert evaluation.accuracy(loaded, tiny_images.test.labels) == test
+
+
+def test_running_accuracy_and_loss_are_of_images_not_of_batches(
+    tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "train_batch", lambda n, x, labels, o, s: (len(labels), 1))
+    settings = dataclasses.replace(SMALL, batch_size=90, epochs=1)  # 160 images: 90 and 70
+    _, run = quiet(tiny_images, settings)
+    row = run.history.iloc[0]
+    assert row["training_accuracy_running"] == 2 / 160
+    assert row["loss"] == pytest.approx((90 * 90 + 70 * 70) / 160)
+
+
+def test_a_batch_is_one_step_on_the_smoothed_cross_entropy(tiny_images: data.ImageData) -> None:
+    network = training.first_network(tiny_images.train, SMALL)
+    x = data.normalise(tiny_images.train.images[:32])
+    labels = tiny_images.train.labels[:32]
+    logits = network(x)
+    expected = -(
+        0.9 * logits.log_softmax(1)[range(32), labels] + 0.1 * logits.log_softmax(1).mean(1)
+    ).mean()
+    hits = int((logits.argmax(1) == labels).sum())
+    optimizers = training.make_optimizers(network, SMALL)
+    before = [p.detach().clone() for p in network.parameters() if p.requires_grad]
+    loss, right = training.train_batch(network, x, labels, optimizers, smoothing=0.1)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert right == hits
+    after = [p for p in network.parameters() if p.requires_grad]
+    moved = [not torch.equal(old, new) for old, new in zip(before, after)]
+    # The gates move too: they would not, if all branches of a block began alike.
+    assert all(moved)
+
+
+def test_a_small_batch_is_learnt_to_zero_loss(tiny_images: data.ImageData) -> None:
+    wider = dataclasses.replace(SMALL, widths=[16, 32])
+    network = training.first_network(tiny_images.train, wider)
+    network.train()
+    optimizers = training.make_optimizers(network, wider)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 3, 32, 32, generator=generator)  # nothing to generalise: pure memory
+    labels = torch.arange(16) % 10
+    losses = []
+    for step in range(150):
+        training.set_learning_rate(optimizers, step, 150)
+        losses.append(training.train_batch(network, x, labels, optimizers, smoothing=0.0)[0])
+    assert losses[0] > 1.5
+    assert losses[-1] < 0.02
+
+
+def test_every_parameter_is_in_one_optimizer(tiny_images: data.ImageData) -> None:
+    network = training.first_network(tiny_images.train, SMALL)
+    muon, adam = training.make_optimizers(network, SMALL)
+    muons = [id(p) for group in muon.param_groups for p in group["params"]]
+    adams = [id(p) for group in adam.param_groups for p in group["params"]]
+    learning = [id(p) for p in network.parameters() if p.requires_grad]
+    assert sorted(muons + adams) == sorted(learning)
+    kernels = {id(c.weight) for block in network.blocks for c in block.branches}
+    assert set(muons) == kernels
+
+
+def test_the_schedule_ends_where_the_run_ends(tiny_images: data.ImageData) -> None:
+    _, run = quiet(tiny_images, SMALL)
+    rates = run.batches["learning_rate"]
+    assert rates.iloc[0] == pytest.approx(SMALL.learning_rate)
+    assert rates.iloc[-1] == pytest.approx(SMALL.learning_rate / len(rates))
+    assert rates.is_monotonic_decreasing
+    assert rates.diff().dropna().std() < 1e-9  # a straight line
+
+
+def test_orthogonal_steps_have_singular_values_near_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((2, 16, 144), (1, 64, 27)):
+        # The three iterations lift singular values of a tenth of the largest and more.
+        matrices = torch.randn(shape, generator=generator)
+        values = torch.linalg.svdvals(training.orthogonal(matrices, iterations=5))
+        assert values.min() > 0.5 and values.max() < 1.35
+
+
+def test_muon_keeps_the_norm_of_a_bank_and_moves_it_by_the_learning_rate() -> None:
+    kernel = torch.nn.Parameter(torch.randn(8, 4, 3, 3))
+    kernel.grad = torch.randn_like(kernel)
+    kept = (kernel * (8**0.5 / kernel.norm())).detach().clone()
+    training.Muon([kernel], lr=0.1).step()
+    step = (kernel.detach() - kept) / -0.1
+    expected = training.orthogonal(kernel.grad.flatten(1)[None])[0].view_as(kernel)
+    torch.testing.assert_close(step, expected, rtol=1e-3, atol=1e-4)
+    assert F.cosine_similarity(step.flatten(), kernel.grad.flatten(), dim=0) > 0.8
+
+
+def test_the_first_network_passes_its_input_on_and_no_two_branches_are_alike(
+    tiny_images: data.ImageData,
+) -> None:
+    network = training.first_network(tiny_images.train, SMALL)
+    for block in network.blocks:
+        one, two = block.branches
+        assert (one.weight - two.weight).abs().mean() > 0.01
+        for filter_number in range(8):
+            centre = one.weight[filter_number, filter_number, 1, 1]
+            assert centre == one.weight[filter_number].max() > 0.8
