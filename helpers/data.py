@@ -92,12 +92,11 @@ def load_data() -> ImageData:
             fetch(folder)
         except (OSError, RuntimeError, HTTPException) as problem:
             print(
-                f"CIFAR-10 is not in {shown(folder)} ({', '.join(missing)} missing) and cannot be "
+                f"CIFAR-10 is not in {shown(folder)} (missing: {', '.join(missing)}) and cannot be "
                 f"downloaded ({cause(problem)}): put {CIFAR10.filename}, or the folder "
                 f"{CIFAR10.base_folder} from it, into {shown(folder)} and run this again."
             )
             return stand_in()
-        missing_files(folder)
     return read_cifar10(folder)
 
 
@@ -117,18 +116,19 @@ def shown(path: Path) -> str:
 
 
 def missing_files(folder: Path) -> list[str]:
-    """Names of CIFAR-10's files that are absent; those that are there are verified.
+    """Names of CIFAR-10's files that are absent, for people; those that are there are verified.
 
     Raises:
         DataError: a file fails its checksum or cannot be read.
     """
     meta = [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]
+    files = [*CIFAR10.train_list, *CIFAR10.test_list, meta]
     missing = []
-    for name, checksum in [*CIFAR10.train_list, *CIFAR10.test_list, meta]:
+    for name, checksum in files:
         path = folder / CIFAR10.base_folder / name
         if not is_verified(path, checksum):
             missing.append(name)
-    return missing
+    return ["all files"] if len(missing) == len(files) else missing
 
 
 def is_verified(path: Path, checksum: str) -> bool:

@@ -129,7 +129,7 @@ class Settings:
     pool_after: list[int] = wholes([1], 1)
     activation: str = choice("silu", tuple(ACTIVATIONS))
     # the training
-    epochs: int = whole(4, 1, 10_000)
+    epochs: int = whole(5, 1, 10_000)
     batch_size: int = whole(500, 1, 50_000)
     learning_rate: float = real(0.17, 0.0, 100.0)  # Muon, on the branches' kernels
     adam_learning_rate: float = real(0.01, 0.0, 10.0)  # Adam, on everything else
