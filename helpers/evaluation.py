@@ -79,6 +79,12 @@ def interval(right: int, n: int) -> tuple[float, float]:
     return float(bounds.low), float(bounds.high)
 
 
+def mean_and_deviation(values: pd.Series, digits: int) -> str:
+    """Mean and standard deviation (n − 1) of runs as text; of one run, its value alone."""
+    mean = f"{values.mean():.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {values.std():.{digits}f}"
+
+
 def confusion(logits: Tensor, labels: Tensor) -> np.ndarray:
     """Counts of images, 10×10: a row for each true class, a column for each answer."""
     return confusion_matrix(labels.cpu().numpy(), logits.argmax(dim=1).numpy(), labels=range(10))

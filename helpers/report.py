@@ -4,12 +4,14 @@
     python -m helpers.report --publish --only 01 02
 
 The first executes copies of the notebooks in `report/<preset>/` and renders them there; the
-second stores in `notebooks/` what the notebooks give with their own parameters.
+second stores in `notebooks/` what the notebooks give with their own parameters. Both end with the
+sheet's PDF.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import time
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+import typst
 import yaml
 from jinja2 import DictLoader, pass_context
 from latex2mathml.converter import convert
@@ -26,7 +29,8 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
-from helpers import data, runs
+from helpers import data, model, runs
+from helpers.evaluation import mean_and_deviation
 
 NOTEBOOKS = data.ROOT / "notebooks"
 REPORT = data.ROOT / "report"
@@ -88,8 +92,10 @@ def make_report(preset: str, seed: int) -> Path:
         render(notebook, target.with_suffix(".html"), dataset)
         if name == TRAINING:
             keep(notebook, run)
-    index = folder / "index.html"
-    render(overview(runs.read(run), durations), index, dataset)
+    finished, index = runs.read(run), folder / "index.html"
+    render(overview(finished, durations), index, dataset)
+    figures = data.ROOT / "figures" / (preset if dataset == "cifar10" else dataset)
+    make_pdf(finished, figures, folder / "report.pdf")
     return index
 
 
@@ -154,7 +160,7 @@ def publish(numbers: list[str]) -> None:
 
     Args:
         numbers: the first two characters of the notebooks' names. Without 03, the analysis reads
-            the run that the stored 03 made.
+            the run that the stored 03 made. With 04 comes the PDF.
 
     Raises:
         ReportError: a notebook stopped, the data are not CIFAR-10, or outputs hold what they
@@ -178,8 +184,16 @@ def publish(numbers: list[str]) -> None:
         notebook = nbformat.read(source, as_version=4)
         nbformat.write(with_outputs(notebook, executed), source)
         if name == TRAINING:
-            own = runs.Settings()
-            keep(executed, runs.latest(f"{own.preset}-seed{own.seed}"))
+            keep(executed, own_run())
+    if "04" in numbers:
+        own = runs.read(own_run())
+        make_pdf(own, data.ROOT / "figures" / own.metrics["preset"], NOTEBOOKS / "report.pdf")
+
+
+def own_run() -> str:
+    """The name of the latest run of the notebooks' own parameters."""
+    own = runs.Settings()
+    return runs.latest(f"{own.preset}-seed{own.seed}")
 
 
 def with_outputs(notebook: NotebookNode, executed: NotebookNode) -> NotebookNode:
@@ -336,8 +350,7 @@ def title(notebook: NotebookNode) -> str:
 
 def overview(run: runs.Run, durations: dict[str, float]) -> NotebookNode:
     """The first page, as a notebook: what came out, how long each notebook took, with what."""
-    metrics, hardware = run.metrics, run.metrics["hardware"]
-    machine = hardware.get("gpu", f"{hardware['threads']} threads of {hardware['processor']}")
+    metrics = run.metrics
     dataset = "CIFAR-10" if metrics["dataset"] == "cifar10" else "the stand-in"
     accuracy = (
         f"**Test accuracy on {dataset}: {metrics['test_accuracy']:.2%}**, without test-time "
@@ -353,10 +366,12 @@ def overview(run: runs.Run, durations: dict[str, float]) -> NotebookNode:
     text = [
         "# A network of input-weighted convolution blocks",
         "",
-        f"{accuracy}, after {duration(metrics['train_seconds'])} of training on {machine}; "
+        f"{accuracy}, after {duration(metrics['train_seconds'])} of training on {machine_of(run)}; "
         f"{metrics['parameters']:,} parameters.",
         "",
         *("| Notebook | Time |", "|:--|--:|", *rows),
+        "",
+        "The same on three pages of paper: [report.pdf](report.pdf).",
         "",
         "## Parameters of this run",
         "",
@@ -365,6 +380,105 @@ def overview(run: runs.Run, durations: dict[str, float]) -> NotebookNode:
         *("| Parameter | Value |", "|:--|:--|", *values),
     ]
     return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("\n".join(text))])
+
+
+# ---- the PDF
+
+
+def make_pdf(run: runs.Run, figures: Path, target: Path) -> None:
+    """Typeset the sheet's PDF, at most three pages, from the records and the saved figures.
+
+    Args:
+        run: the run whose plots are shown; runs of other seeds give the mean.
+        figures: the folder with the notebooks' figures, inside the project.
+
+    Raises:
+        ReportError: a figure is missing.
+    """
+    needed = ("02_block", "02_network", "03_batch_losses", "03_accuracy_by_epoch")
+    for name in needed:
+        if not (figures / f"{name}.svg").is_file():
+            raise ReportError(
+                f"{shown(figures / name)}.svg is missing; execute the notebooks first."
+            )
+    content = pdf_content(run) | {"figures": f"/{figures.relative_to(data.ROOT).as_posix()}"}
+    template = Path(__file__).with_suffix(".typ")
+    typst.compile(template, output=target, root=data.ROOT, sys_inputs={"data": json.dumps(content)})
+
+
+def pdf_content(run: runs.Run) -> dict:
+    """Every number of the PDF as text, from the records."""
+    settings, seeds = runs.settings_of(run), runs.seeds_of(run)
+    accuracy, minutes = 100 * seeds["test_accuracy"], seeds["train_seconds"] / 60
+    result = (
+        f"{mean_and_deviation(accuracy, 2)} % of the test images are classified rightly after "
+        f"{mean_and_deviation(minutes, 1)} minutes of training on {machine_of(run)}; n = "
+        f"{len(seeds)} seeds (mean, and standard deviation if n > 1), last epoch, no test-time "
+        "augmentation."
+    )
+    best = seeds.loc[seeds["test_accuracy"].idxmax()]
+    layers = model.layer_table(settings.network()).reset_index()
+    choices = [other for other in map(runs.read, runs.names()) if is_choice(other, run)]
+    first = choices[0] if choices else run
+    return {
+        "stand_in": "" if run.metrics["dataset"] == "cifar10" else STAND_IN,
+        "result": result,
+        "best": f"The best of the seeds reaches {best['test_accuracy']:.2%}, and "
+        f"{best['test_accuracy_tta']:.2%} with test-time augmentation (the mean of six views).",
+        "activation": settings.activation,
+        "gate": settings.gate,
+        "layers": [
+            [
+                row["layer"], row["what"], row["output"], f"{row['parameters']:,}",
+                f"{row['multiply-adds as written'] / 1e6:.2f}",
+            ]
+            for _, row in layers.iterrows()
+        ],
+        "hyperparameters": [
+            [name.replace("_", " "), str(run.config[name])]
+            for name in (
+                "epochs", "batch_size", "learning_rate", "adam_learning_rate", "label_smoothing",
+                "translate", "widths", "branches", "kernel_size",
+            )
+        ],
+        "seeds": [
+            [
+                row["run"], f"{row['test_accuracy']:.2%}", f"{row['test_accuracy_tta']:.2%}",
+                f"{row['training_accuracy']:.2%}", f"{row['train_seconds'] / 60:.1f}",
+            ]
+            for _, row in seeds.iterrows()
+        ],
+        "choices": [
+            [tried.name, differences(tried, first) or "–", percent(tried, "validation_accuracy")]
+            for tried in choices
+        ],
+        "choice_images": f"{first.config['train_images']:,}",
+        "choice_epochs": str(first.config["epochs"]),
+    }  # fmt: skip
+
+
+def is_choice(other: runs.Run, run: runs.Run) -> bool:
+    """Whether `other` was made on the same data, with images held out, to choose by."""
+    return (
+        other.metrics["preset"] == "choice" and other.metrics["dataset"] == run.metrics["dataset"]
+    )
+
+
+def percent(run: runs.Run, accuracy: str) -> str:
+    return f"{run.metrics[accuracy]:.2%}"
+
+
+def differences(run: runs.Run, first: runs.Run) -> str:
+    """The parameters in which two runs differ, with the values of the first named."""
+    own = {key: value for key, value in run.config.items() if key != "run"}
+    changed = [f"{key} = {value}" for key, value in own.items() if value != first.config.get(key)]
+    return ", ".join(changed)
+
+
+def machine_of(run: runs.Run) -> str:
+    """What a run was made on, in words."""
+    hardware = run.metrics["hardware"]
+    return hardware.get("gpu", f"{hardware['threads']} CPU cores ({hardware['processor']})")
 
 
 # ---- the command

@@ -120,18 +120,18 @@ class Settings:
     train_images: int = whole(0, 0, 50_000)  # use only the first so many; 0: all
     basic_images: int = whole(20_000, 100, 45_000)  # on which notebook 02 tries the basic network
     # the network
-    widths: list[int] = wholes([48, 96, 128, 128], 1, 4096)
-    branches: int | list[int] = wholes(4, 1, 64, single=True)
+    widths: list[int] = wholes([48, 96, 128, 192, 192], 1, 4096)
+    branches: int | list[int] = wholes([4, 4, 4, 2, 2], 1, 64, single=True)
     kernel_size: int | list[int] = wholes(3, 1, 31, single=True)
     strides: int | list[int] = wholes(1, 1, 4, single=True)
     gate: str = choice("softmax", GATES)
     stem_filters: int = whole(48, 0, 96)
-    pool_after: list[int] = wholes([1], 1)
+    pool_after: list[int] = wholes([1, 3], 1)
     activation: str = choice("silu", tuple(ACTIVATIONS))
     # the training
     epochs: int = whole(5, 1, 10_000)
     batch_size: int = whole(500, 1, 50_000)
-    learning_rate: float = real(0.17, 0.0, 100.0)  # Muon, on the branches' kernels
+    learning_rate: float = real(0.12, 0.0, 100.0)  # Muon, on the branches' kernels
     adam_learning_rate: float = real(0.01, 0.0, 10.0)  # Adam, on everything else
     label_smoothing: float = real(0.1, 0.0, 0.999)
     translate: int = whole(2, 0, 31)

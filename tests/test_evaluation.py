@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -68,6 +69,11 @@ def test_interval_by_hand() -> None:
     half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     assert (low, high) == pytest.approx((centre - half, centre + half), abs=1e-6)
     assert evaluation.interval(10, 10)[1] == pytest.approx(1)
+
+
+def test_mean_and_deviation_of_runs() -> None:
+    assert evaluation.mean_and_deviation(pd.Series([1.0, 2.0, 3.0]), 2) == "2.00 ± 1.00"
+    assert evaluation.mean_and_deviation(pd.Series([89.125]), 1) == "89.1"
 
 
 def answers(classes: list[int], confidence: list[float]) -> torch.Tensor:

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from helpers import data, report, runs
+from helpers import data, model, report, runs
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 
@@ -247,3 +247,28 @@ def test_overview_states_what_came_out() -> None:
     text = report.overview(run, {"03_training": 900.0}).cells[0].source
     for part in ("the stand-in: 89.12%", "90.00% with it", "14.0 min", "1,234,567", "15.0 min"):
         assert part in text
+
+
+# ---- the PDF
+
+
+def test_pdf_has_three_pages_at_most_and_its_numbers_are_the_records(tmp_path: Path) -> None:
+    run = runs.read("quick-seed0")
+    report.make_pdf(run, data.ROOT / "figures" / "quick", tmp_path / "{p}.svg")
+    assert 2 <= len(list(tmp_path.glob("*.svg"))) <= 3
+    content = report.pdf_content(run)
+    assert f"{100 * run.metrics['test_accuracy']:.2f}" in str(content["seeds"])
+    assert ["epochs", str(run.metrics["epochs"])] in content["hyperparameters"]
+    assert len(content["layers"]) == len(model.layer_table(runs.settings_of(run).network()))
+
+
+def test_pdf_without_figures_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(report.ReportError, match=r"02_block\.svg is missing"):
+        report.make_pdf(runs.read("quick-seed0"), tmp_path, tmp_path / "report.pdf")
+
+
+def test_differences_name_the_parameters(tmp_path: Path) -> None:
+    first = runs.Run("a", tmp_path, {"run": "a", "epochs": 5}, None, None, {})
+    other = runs.Run("b", tmp_path, {"run": "b", "epochs": 6}, None, None, {})
+    assert report.differences(other, first) == "epochs = 6"
+    assert report.differences(first, first) == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 from helpers import data, runs
+from helpers.evaluation import mean_and_deviation
 from helpers.runs import ParameterError, RunError, Settings
 
 PRESETS = sorted((data.ROOT / "notebooks" / "parameters").glob("*.yaml"))
@@ -105,7 +107,7 @@ def write_run(settings: Settings, images: data.ImageData) -> runs.Run:
 
 
 def small(name: str = "") -> Settings:
-    return Settings(widths=[4], pool_after=[], stem_filters=0, run=name)
+    return Settings(widths=[4], branches=2, pool_after=[], stem_filters=0, run=name)
 
 
 def test_a_record_reads_back_as_it_was_written(folder: Path, tiny_images: data.ImageData) -> None:
@@ -185,6 +187,22 @@ def test_committed_records_say_what_they_must() -> None:
         assert len(run.history) == run.metrics["epochs"], run.name
         assert run.config["dataset"] == run.metrics["dataset"], run.name
         settings = runs.settings_of(run)
-        images = (settings.train_images or 50_000) - settings.validation
+        images = 50_000 - settings.validation
+        images = min(images, settings.train_images or images)
         steps = settings.epochs * -(-images // settings.batch_size)
         assert len(run.batches) == steps, run.name  # the loss of each training batch
+
+
+def test_the_readme_states_what_the_records_say() -> None:
+    """Every result in the README is that of the records, rounded."""
+    readme = (data.ROOT / "README.md").read_text(encoding="utf-8")
+    seeds = runs.seeds_of(runs.read("quick-seed0"))
+    accuracy, minutes = 100 * seeds["test_accuracy"], seeds["train_seconds"] / 60
+    assert f"**{mean_and_deviation(accuracy, 2)} %**" in readme
+    assert f"**{mean_and_deviation(minutes, 1)} minutes**" in readme
+    assert f"n = {len(seeds)} seed" in readme
+    assert f"{mean_and_deviation(100 * seeds['test_accuracy_tta'], 2)} % with it" in readme
+    choices = [run for run in map(runs.read, runs.names()) if run.metrics["preset"] == "choice"]
+    for run in choices:
+        validation = 100 * run.metrics["validation_accuracy"]
+        assert re.search(rf"\| `{run.name}` \|.*\| {validation:.2f} \|", readme), run.name
