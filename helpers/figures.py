@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch, Patch, Polygon
 from torch import Tensor
 
-from helpers.data import CLASSES, ROOT
+from helpers.data import ROOT
 from helpers.evaluation import Calibration
 from helpers.model import BlockNetwork, layer_table
 
