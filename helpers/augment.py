@@ -11,7 +11,7 @@ def mirror(images: Tensor, which: Tensor) -> Tensor:
     return torch.where(which.view(-1, 1, 1, 1), images.flip(3), images)
 
 
-def shift(images: Tensor, down: Tensor, right: Tensor, reach: int | None = None) -> Tensor:
+def shift(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
     """Move each of b×c×h×w images, of any number type, by its own whole number of pixels.
 
     What comes in at the rim is the image's reflection there. Every pixel is fetched once, from

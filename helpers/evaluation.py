@@ -59,7 +59,7 @@ def view(images: ImageSet, mirrored: bool, down: int, right: int) -> ImageSet:
         seen = mirror(seen, torch.ones(n, dtype=torch.bool, device=seen.device))
     if down or right:
         moves = torch.tensor([[down], [right]], device=seen.device).expand(2, n)
-        seen = shift(seen, moves[0], moves[1], max(abs(down), abs(right)))
+        seen = shift(seen, moves[0], moves[1])
     return ImageSet(seen, images.labels)
 
 

@@ -84,7 +84,7 @@ def make_report(preset: str, seed: int) -> Path:
         old.unlink()
 
     print(f"Run {run} of the preset {preset}, into {shown(folder)}; first, the data.", flush=True)
-    dataset = data.load_data().name  # here, so that a download is not the first notebook's time
+    dataset = data.load_data().name
     durations = {}
     for name in SEQUENCE:
         target = folder / f"{name}.ipynb"

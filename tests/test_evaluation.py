@@ -56,7 +56,7 @@ def test_test_time_augmentation_is_the_weighted_mean_of_six_views(
     for images in (test.images, test.images.flip(3)):
         for pixels, weight in ((0, 0.25), (1, 0.125), (-1, 0.125)):
             moves = torch.full((7,), pixels)
-            moved = shift(images, moves, moves, 1)
+            moved = shift(images, moves, moves)
             expected += weight * network(data.normalise(moved)).detach()
     given = evaluation.predict(network, test, views=evaluation.TTA)
     torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
