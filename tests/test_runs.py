@@ -206,3 +206,5 @@ def test_the_readme_states_what_the_records_say() -> None:
     for run in choices:
         validation = 100 * run.metrics["validation_accuracy"]
         assert re.search(rf"\| `{run.name}` \|.*\| {validation:.2f} \|", readme), run.name
+    earlier = runs.read("four-blocks-seed0").metrics["test_accuracy"]
+    assert f"{100 * earlier:.2f} %" in readme
