@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 GATES = ("linear", "softmax", "sigmoid")
-FORMS = ("auto", "branches", "mixed")
+FORMS = ("auto", "branches", "fused", "scaled", "mixed")
 ACTIVATIONS = {"none": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 IMAGES_AT_ONCE = 8  # whose mixed kernels stay in the cache together; see `mixed_convolution`
@@ -68,9 +68,11 @@ class IntermediateBlock(nn.Module):
             `"softmax"` (Dynamic Convolution, arXiv 1912.03458) and `"sigmoid"` (CondConv,
             arXiv 1904.04971) pass it through that function.
         bias: whether the branches have biases; pointless where batch normalisation follows.
-        form: how the sum is evaluated. `"branches"`: as written, L convolutions. `"mixed"`: one
-            convolution of each image with its own kernel Σ aₗ·Wₗ, which is the same function.
-            `"auto"`: the cheaper of the two for the shapes at hand.
+        form: how the sum is evaluated. `"branches"`: as written. `"fused"`: the same, with the
+            weighted sum in one pass. Since convolution is linear, two others are the same
+            function: `"scaled"`, the branches on inputs that are weighted already, Σ Cₗ(aₗ·x);
+            and `"mixed"`, one convolution of each image with its own kernel, (Σ aₗ·Wₗ)∗x.
+            `"auto"` takes the cheapest for the shapes at hand.
 
     Raises:
         ValueError: an argument that is not allowed, named with its value and what is allowed.
@@ -131,38 +133,48 @@ class IntermediateBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x′, b×out_channels×⌈h/stride⌉×⌈w/stride⌉."""
         a = self.gate(x)
-        if self.form_for(x) == "branches":
+        form = self.form_for(x)
+        if form == "branches":
             return weighted_sum(x, a, self.branches)
-        weight, bias = self.stacked_kernels()
-        x_new = mixed_convolution(x, a, weight, self.stride)
-        return x_new if bias is None else x_new + (a @ bias)[:, :, None, None]
+        if form == "fused":
+            return _WeightedSum.apply(a, *[branch(x).to(a.dtype) for branch in self.branches])
+        if form == "scaled":
+            x_new = scaled_convolutions(x, a, self.branches)
+        else:
+            x_new = mixed_convolution(x, a, self.stacked_kernels(), self.stride)
+        if self.branches[0].bias is None:
+            return x_new
+        biases = torch.stack([branch.bias for branch in self.branches])
+        return x_new + (a @ biases)[:, :, None, None]
 
     def form_for(self, x: Tensor) -> str:
-        """The form that is used for x: `"branches"` or `"mixed"`, decided by shapes alone.
+        """The form that is used for x, decided by shapes alone.
 
         Mixing makes a kernel for each image, whatever the map's size, and saves L − 1 convolutions
-        at every position of the map (fewer, where some branches have small kernels). It was
-        measured on a CPU only, and is used only there.
+        at every position of the map (fewer, where some branches have small kernels). Where it
+        does not pay, the weights are applied to the smaller map: x, or what the branches make
+        of it. Both rules were measured on a CPU, and are used only there.
         """
         if self.form != "auto":
             return self.form
+        if x.device.type != "cpu":
+            return "branches"
         positions = math.ceil(x.shape[2] / self.stride) * math.ceil(x.shape[3] / self.stride)
         areas = [branch.kernel_size[0] ** 2 for branch in self.branches]
         saved = sum(areas) / max(areas) - 1  # convolutions of the largest kernel
-        mixing_wins = positions * saved >= POSITIONS_PER_BRANCH
-        return "mixed" if mixing_wins and x.device.type == "cpu" else "branches"
+        if saved >= 1 and positions * saved >= POSITIONS_PER_BRANCH:
+            return "mixed"
+        numbers_in, numbers_out = x[0].numel(), self.branches[0].out_channels * positions
+        return "scaled" if 2 * numbers_in <= numbers_out else "fused"
 
-    def stacked_kernels(self) -> tuple[Tensor, Tensor | None]:
-        """The branches' kernels, L×out×in×k×k (k the largest; smaller ones zero-padded), and
-        their biases, L×out, or None."""
+    def stacked_kernels(self) -> Tensor:
+        """The branches' kernels, L×out×in×k×k (k the largest; smaller ones zero-padded)."""
         largest = max(branch.kernel_size[0] for branch in self.branches)
         padded = []
         for branch in self.branches:
             rim = (largest - branch.kernel_size[0]) // 2
             padded.append(F.pad(branch.weight, (rim,) * 4) if rim else branch.weight)
-        if self.branches[0].bias is None:
-            return torch.stack(padded), None
-        return torch.stack(padded), torch.stack([branch.bias for branch in self.branches])
+        return torch.stack(padded)
 
 
 def one_for_each(argument: str, value: int | Sequence[int], count: int, things: str) -> list[int]:
@@ -204,6 +216,43 @@ def weighted_sum(x: Tensor, a: Tensor, branches: Sequence[nn.Module]) -> Tensor:
     for l, branch in enumerate(others, start=1):
         total = total + a[:, l, None, None, None] * branch(x)
     return total
+
+
+def scaled_convolutions(x: Tensor, a: Tensor, branches: Sequence[nn.Conv2d]) -> Tensor:
+    """Σ Wₗ∗(aₗ·x): the weights on the way in instead of the way out; biases are left out."""
+    inputs = (scale * x for scale in a[:, :, None, None, None].unbind(dim=1))
+    return sum(
+        F.conv2d(y, branch.weight, None, branch.stride, branch.padding)
+        for y, branch in zip(inputs, branches, strict=True)
+    )
+
+
+class _WeightedSum(torch.autograd.Function):
+    """Σ aₗ·yₗ of b×out×h×w maps yₗ, in one pass over each of them, there and back.
+
+    Written with `*` and `+`, every product would be a map of its own, written and read again; on
+    large maps that took as long as the convolutions.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, *maps: Tensor) -> Tensor:
+        ctx.save_for_backward(a, *maps)
+        scales = a[:, :, None, None, None].unbind(dim=1)
+        total = scales[0] * maps[0]
+        for scale, y in zip(scales[1:], maps[1:], strict=True):
+            total.addcmul_(scale, y)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        a, *maps = ctx.saved_tensors
+        flat = grad.permute(0, 2, 3, 1).flatten(1)  # a view, in channels-last memory format
+        scalar_products = [
+            torch.bmm(y.permute(0, 2, 3, 1).flatten(1)[:, None], flat[:, :, None]) for y in maps
+        ]
+        scales = a[:, :, None, None, None].unbind(dim=1)
+        return torch.cat(scalar_products, dim=1)[:, :, 0], *[scale * grad for scale in scales]
 
 
 def mixed_convolution(x: Tensor, a: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
@@ -321,21 +370,32 @@ class OutputBlock(nn.Module):
 
 
 class WhiteningStem(nn.Module):
-    """A fixed convolution that decorrelates the pixels of each patch, then halves the map.
+    """A fixed convolution that decorrelates the pixels of each patch.
 
     Its filters are the leading eigenvectors of the covariance of the training images' patches,
     over the square root of their eigenvalues, and the same with the opposite sign, so that the
     activation after it loses nothing (cifar10-airbench, K. Jordan). Nothing here learns, so no
-    gradient has to go back through B1. 3×h×w → filters×h/2×w/2.
+    gradient has to go back through B1. 3×h×w → filters×h/stride×w/stride.
+
+    Args:
+        filters: an even number, at most twice the 3·k² numbers in a patch.
+        stride: 1 (3×3 patches, the map keeps its size) or 2 (4×4 patches, the map is halved).
+
+    Raises:
+        ValueError: an argument that is not allowed, named with its value and what is allowed.
     """
 
-    kernel_size, stride, padding, regulariser = 4, 2, 1, 5e-4
+    padding, regulariser = 1, 5e-4
 
-    def __init__(self, filters: int) -> None:
+    def __init__(self, filters: int, stride: int = 2) -> None:
         super().__init__()
-        if not isinstance(filters, int) or filters % 2 or not 2 <= filters <= 96:
+        if stride not in (1, 2):
+            raise ValueError(f"stem stride={stride!r} is not allowed; use 1 or 2.")
+        self.stride, self.kernel_size = stride, stride + 2
+        most = 2 * 3 * self.kernel_size**2
+        if not isinstance(filters, int) or filters % 2 or not 2 <= filters <= most:
             raise ValueError(
-                f"stem filters={filters!r} is not allowed; use an even number from 2 to 96."
+                f"stem filters={filters!r} is not allowed; use an even number from 2 to {most}."
             )
         self.register_buffer("weight", torch.zeros(filters, 3, self.kernel_size, self.kernel_size))
 
@@ -367,6 +427,7 @@ class BlockNetwork(nn.Module):
         strides: stride of the branches, one number for all blocks or a sequence of K.
         gate: see `IntermediateBlock`.
         stem_filters: filters of the `WhiteningStem` before B1, or 0 for no stem.
+        stem_stride: its stride, see there.
         pool_after: numbers (from 1) of the blocks after which 2×2 max-pooling halves the map.
         normalise: whether batch normalisation follows each block (scale fixed at 1).
         activation: after each block (and the stem): `"none"`, `"relu"`, `"gelu"` or `"silu"`.
@@ -386,6 +447,7 @@ class BlockNetwork(nn.Module):
         strides: int | Sequence[int] = 1,
         gate: str = "softmax",
         stem_filters: int = 0,
+        stem_stride: int = 2,
         pool_after: Sequence[int] = (),
         normalise: bool = True,
         activation: str = "silu",
@@ -409,7 +471,7 @@ class BlockNetwork(nn.Module):
                 )
         stem: list[nn.Module] = []
         if stem_filters:
-            stem = [WhiteningStem(stem_filters), ACTIVATIONS[activation]()]
+            stem = [WhiteningStem(stem_filters, stem_stride), ACTIVATIONS[activation]()]
         self.stem = nn.Sequential(*stem)
         channels = [stem_filters or 3, *widths]
         self.blocks, self.between = nn.ModuleList(), nn.ModuleList()
@@ -569,9 +631,13 @@ def _block_multiply_adds(block: IntermediateBlock, x: Tensor, output: Tensor) ->
     c, out, L = x.shape[1], output.shape[1], len(block.branches)
     positions = output.shape[2:].numel()
     kernels = [branch.weight.numel() for branch in block.branches]  # out·c·k² each
-    gate = c * L
+    gate, biases = c * L, 0 if block.branches[0].bias is None else L * out
     written = gate + sum(kernels) * positions + L * out * positions
-    if block.form_for(x) == "branches":
-        return written, written
-    mixing = L * max(kernels) + (0 if block.branches[0].bias is None else L * out)
-    return written, gate + mixing + max(kernels) * positions
+    match block.form_for(x):
+        case "scaled":
+            scaling = L * x[0].numel()
+            return written, gate + scaling + sum(kernels) * positions + biases
+        case "mixed":
+            return written, gate + L * max(kernels) + max(kernels) * positions + biases
+        case _:
+            return written, written

@@ -91,7 +91,7 @@ def assert_same(measured, expected, **tolerance):
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("form", ["branches", "mixed", "auto"])
+@pytest.mark.parametrize("form", model.FORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_value_and_gradients_equal_the_formula(shape, form, memory_format):
     for b in BATCHES:
@@ -101,7 +101,7 @@ def test_value_and_gradients_equal_the_formula(shape, form, memory_format):
         assert_same(value_and_gradients(block, block, x), expected, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("form", ["branches", "mixed"])
+@pytest.mark.parametrize("form", model.FORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_float32_equals_the_formula_to_rounding(shape, form):
     exact, x = block_of(shape, form), random_maps(shape, 11)
@@ -120,8 +120,9 @@ def test_forms_agree_without_biases(L):
     nn.init.normal_(block.fc.weight)
     x = random_maps((L, 3, 1, (6, 7), "softmax"), 10, channels=5)
     expected = value_and_gradients(block, block, x)
-    block.form = "mixed"
-    assert_same(value_and_gradients(block, block, x), expected, rtol=1e-9, atol=1e-10)
+    for form in model.FORMS:
+        block.form = form
+        assert_same(value_and_gradients(block, block, x), expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize(("k", "stride"), [(1, 1), (3, 1), (3, 2), (5, 2)])
@@ -192,7 +193,7 @@ def test_a_weights_branches_not_channels():
     L = 4
     block = IntermediateBlock(3, L, L, gate="linear", form="branches")
     x = torch.randn(5, 3, 6, 6)
-    for form, l in itertools.product(("branches", "mixed"), range(L)):
+    for form, l in itertools.product(model.FORMS, range(L)):
         block.form = form
         block.fc.bias.data = F.one_hot(torch.tensor(l), L).float()
         torch.testing.assert_close(block(x), block.branches[l](x), rtol=1e-5, atol=1e-5)
@@ -201,15 +202,16 @@ def test_a_weights_branches_not_channels():
 def test_each_image_has_its_own_a():
     shape = (3, 3, 1, (6, 6), "softmax")
     x = random_maps(shape, 11)
-    for form in ("branches", "mixed"):
+    for form in model.FORMS:
         block = block_of(shape, form)
         alone = torch.cat([block(image[None]) for image in x])
         torch.testing.assert_close(block(x), alone)
 
 
+@pytest.mark.parametrize("form", ["branches", "fused"])
 @pytest.mark.parametrize("L", [1, 2, 5])
-def test_every_branch_is_called_once_and_with_the_same_x(L):
-    block = IntermediateBlock(3, 3, L, form="branches")  # an output would do as another's input
+def test_every_branch_is_called_once_and_with_the_same_x(L, form):
+    block = IntermediateBlock(3, 3, L, form=form)  # an output would do as another's input
     received = {l: [] for l in range(L)}
     for l, branch in enumerate(block.branches):
         branch.register_forward_hook(lambda _, inputs, __, l=l: received[l].append(inputs[0]))
@@ -249,22 +251,30 @@ def test_branches_are_independent_convolutions():
     [
         (16, 1, 3, "mixed"),
         (8, 1, 3, "mixed"),  # 64 positions × 1 convolution saved: just worth it
-        (7, 1, 3, "branches"),
+        (7, 1, 3, "fused"),
         (15, 2, 3, "mixed"),  # 8×8 positions after the stride
-        (8, 2, 3, "branches"),
-        (8, 1, (1, 5), "branches"),  # the 1×1 branch is hardly a convolution saved
+        (8, 2, 3, "fused"),
+        (32, 1, (1, 5), "fused"),  # the 1×1 branch is hardly a convolution saved
     ],
 )
-def test_auto_takes_the_cheaper_form_by_shapes(size, stride, kernel_size, form):
+def test_auto_takes_the_cheapest_form_by_shapes(size, stride, kernel_size, form):
     block = IntermediateBlock(3, 4, 2, kernel_size, stride)
     assert block.form_for(torch.empty(1, 3, size, size)) == form
 
 
-def test_auto_mixes_on_a_cpu_only_and_one_branch_never():
+@pytest.mark.parametrize(
+    ("out", "stride", "form"), [(6, 1, "scaled"), (5, 1, "fused"), (24, 2, "scaled")]
+)
+def test_auto_weights_the_smaller_map(out, stride, form):
+    block = IntermediateBlock(3, out, 2, (1, 5), stride)
+    assert block.form_for(torch.empty(1, 3, 4, 4)) == form
+
+
+def test_auto_chooses_on_a_cpu_only():
     block = IntermediateBlock(3, 4, 2)
     assert block.form_for(torch.empty(1, 3, 32, 32, device="meta")) == "branches"
-    assert IntermediateBlock(3, 4, 1).form_for(torch.empty(1, 3, 32, 32)) == "branches"
-    for form in ("branches", "mixed"):
+    assert IntermediateBlock(3, 4, 1).form_for(torch.empty(1, 3, 32, 32)) == "fused"
+    for form in set(model.FORMS) - {"auto"}:
         block.form = form
         for size in (1, 32):
             assert block.form_for(torch.empty(1, 3, size, size, device="meta")) == form
@@ -316,6 +326,14 @@ def test_stem_filters_are_fixed_and_come_with_the_weights():
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(copy(x), stem(x))
     assert stem(x).shape == (2, 8, 4, 4)
+
+
+def test_stem_of_stride_one_keeps_the_size():
+    assert WhiteningStem(54, stride=1)(torch.randn(2, 3, 8, 8)).shape == (2, 54, 8, 8)
+    with pytest.raises(ValueError, match="stem stride=3 is not allowed; use 1 or 2"):
+        WhiteningStem(8, stride=3)
+    with pytest.raises(ValueError, match=r"filters=56.*even number from 2 to 54"):
+        WhiteningStem(56, stride=1)
 
 
 # ---- networks
@@ -392,7 +410,7 @@ WRONG_BLOCKS = [
     ({"kernel_size": 3.0}, ["kernel_size=3.0", "integer"]),
     ({"kernel_size": "3"}, ["kernel_size='3'", "one number"]),
     ({"gate": "relu"}, ["gate='relu'", "linear, softmax, sigmoid"]),
-    ({"form": "fast"}, ["form='fast'", "auto, branches, mixed"]),
+    ({"form": "fast"}, ["form='fast'", "auto, branches, fused, scaled, mixed"]),
 ]
 WRONG_NETWORKS = [
     ({"widths": []}, ["widths=[]", "at least one block"]),
