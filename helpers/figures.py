@@ -401,7 +401,7 @@ def accuracy_by_epoch(history: pd.DataFrame, published: float | None = None) -> 
     drawn, axes = plt.subplots()
     for column, name, colour, style in (
         ("training_accuracy_running", "training, while learning", TRAINING, "o-"),
-        ("training_accuracy", "training, clean images", TRAINING, "D"),
+        ("training_accuracy", "training, clean images", TRAINING, "D--"),
         ("validation_accuracy", "validation", VALIDATION, "^-"),
         ("test_accuracy", "test", TEST, "s-"),
     ):
@@ -475,7 +475,7 @@ def mistakes(
         place.axis("off")
     for place, image, true, answer, sure in zip(axes.flat, images, truth, answers, confidence):
         place.imshow(image.permute(1, 2, 0).numpy())
-        place.set_title(f"{answer} {sure:.0%}\nis {true}", fontsize=9)
+        place.set_title(f"says {answer}, {sure:.0%}\nlabel {true}", fontsize=9)
     return drawn
 
 
@@ -499,10 +499,17 @@ def reliability(measured: Calibration) -> Figure:
 
 
 @figure
-def gates_by_class(means: Sequence[Tensor], names: Sequence[str]) -> Figure:
+def gates_by_class(
+    means: Sequence[Tensor], names: Sequence[str], kernels: Sequence[Sequence[str]]
+) -> Figure:
     """Mean a of each class in each block: one panel a block, a row a class, a column a branch.
 
     The colour is the difference from the branch's mean over classes, on one scale for all.
+
+    Args:
+        means: of each block, classes×L.
+        names: of the classes.
+        kernels: of each block, what to call its branches.
     """
     differences = [(a - a.mean(dim=0)).numpy() for a in means]
     limit = max(np.abs(d).max() for d in differences) or 1.0
@@ -510,15 +517,17 @@ def gates_by_class(means: Sequence[Tensor], names: Sequence[str]) -> Figure:
     drawn, axes = plt.subplots(
         1, len(means), figsize=(WIDTH + 0.8, 3.9), sharey=True, width_ratios=widths, squeeze=False
     )
-    for number, (place, shown, a) in enumerate(zip(axes.flat, differences, means), start=1):
+    drawings = zip(axes.flat, differences, means, kernels, strict=True)
+    for number, (place, shown, a, kinds) in enumerate(drawings, start=1):
+        ticks = [f"{kind}\n{mean:.2f}" for kind, mean in zip(kinds, a.mean(dim=0), strict=True)]
         sns.heatmap(
             shown, ax=place, cmap="vlag", vmin=-limit, vmax=limit, cbar=number == len(means),
-            yticklabels=names, xticklabels=[f"{mean:.2f}" for mean in a.mean(dim=0)],
+            yticklabels=names, xticklabels=ticks,
             cbar_kws={"label": "difference from the mean a"},
         )  # fmt: skip
         place.set_title(f"B{number}")
         place.tick_params(axis="x", labelsize=8)
-    drawn.supxlabel("branches C1 … CL, each with its mean a", fontsize=11)
+    drawn.supxlabel("branches, by their kernels, each with its mean a", fontsize=11)
     return drawn
 
 

@@ -120,18 +120,19 @@ class Settings:
     train_images: int = whole(0, 0, 50_000)  # use only the first so many; 0: all
     basic_images: int = whole(20_000, 100, 45_000)  # on which notebook 02 tries the basic network
     # the network
-    widths: list[int] = wholes([48, 96, 128, 192, 192], 1, 4096)
-    branches: int | list[int] = wholes([4, 4, 4, 2, 2], 1, 64, single=True)
-    kernel_size: int | list[int] = wholes(3, 1, 31, single=True)
+    widths: list[int] = wholes([32, 32, 128, 128, 128, 128], 1, 4096)
+    branches: int | list[int] = wholes(2, 1, 64, single=True)
+    kernel_size: int | list[int] = wholes([3, 1], 1, 31, single=True)
     strides: int | list[int] = wholes(1, 1, 4, single=True)
     gate: str = choice("softmax", GATES)
-    stem_filters: int = whole(48, 0, 96)
-    pool_after: list[int] = wholes([1, 3], 1)
+    stem_filters: int = whole(24, 0, 96)
+    stem_stride: int = whole(1, 1, 2)
+    pool_after: list[int] = wholes([1, 3, 5], 1)
     activation: str = choice("silu", tuple(ACTIVATIONS))
     # the training
     epochs: int = whole(5, 1, 10_000)
     batch_size: int = whole(500, 1, 50_000)
-    learning_rate: float = real(0.12, 0.0, 100.0)  # Muon, on the branches' kernels
+    learning_rate: float = real(0.24, 0.0, 100.0)  # Muon, on the branches' kernels
     adam_learning_rate: float = real(0.01, 0.0, 10.0)  # Adam, on everything else
     label_smoothing: float = real(0.1, 0.0, 0.999)
     translate: int = whole(2, 0, 31)
@@ -153,7 +154,7 @@ class Settings:
         """The network of these parameters, freshly initialised."""
         return BlockNetwork(
             self.widths, self.branches, self.kernel_size, self.strides, self.gate,
-            self.stem_filters, self.pool_after, activation=self.activation,
+            self.stem_filters, self.stem_stride, self.pool_after, activation=self.activation,
         )  # fmt: skip
 
 
@@ -395,12 +396,18 @@ def processor() -> str:
 
 
 def seeds_of(run: Run) -> pd.DataFrame:
-    """The metrics of all finished runs like this one, a row a run: the same preset on the same
-    data, trained on all of its training images."""
-    alike = [
-        other
-        for other in map(read, names())
-        if all(other.metrics[key] == run.metrics[key] for key in ("dataset", "preset"))
-        and other.metrics["validation_accuracy"] is None
-    ]
-    return pd.DataFrame([{"run": other.name} | other.metrics for other in alike])
+    """The metrics of all finished runs like this one, a row a seed.
+
+    Like it are those with the same settings on the same data, but for seed, device and name. Of
+    several with one seed the latest counts.
+    """
+    alike = [other for other in map(read, names()) if what_counts(other) == what_counts(run)]
+    alike.sort(key=lambda other: (other.metrics["seed"], other.metrics["finished"]))
+    rows = pd.DataFrame([{"run": other.name} | other.metrics for other in alike])
+    return rows.drop_duplicates("seed", keep="last").reset_index(drop=True)
+
+
+def what_counts(run: Run) -> dict[str, Any]:
+    """The part of a run's configuration that its accuracy depends on, but for the seed."""
+    ignored = ("seed", "device", "run", "basic_images")
+    return {name: value for name, value in run.config.items() if name not in ignored}

@@ -39,7 +39,7 @@ def draw_all() -> dict[str, Figure]:
         "class_accuracies": figures.class_accuracies(evaluation.class_table(COUNTS, data.CLASSES)),
         "mistakes": figures.mistakes(images, ["cat"] * 7, ["dog"] * 7, [0.9] * 7),
         "reliability": figures.reliability(evaluation.calibration(LOGITS, LABELS)),
-        "gates_by_class": figures.gates_by_class(means, data.CLASSES),
+        "gates_by_class": figures.gates_by_class(means, data.CLASSES, [["1×1"] * 2, ["3×3"] * 4]),
         "gate_entropies": figures.gate_entropies([evaluation.entropy(a) for a in GATES]),
     }
 

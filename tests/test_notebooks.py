@@ -32,7 +32,7 @@ ORDER = tuple(dict.fromkeys(module.strip() for module in ORDER))
 # The smoke preset's ways on a network that trains in seconds.
 TINY = {
     "train_images": 500, "basic_images": 200, "batch_size": 100, "epochs": 1,
-    "widths": [8, 8, 8, 8], "branches": 2, "stem_filters": 12,
+    "widths": [8] * 6, "stem_filters": 12,
 }  # fmt: skip
 
 each_notebook = pytest.mark.parametrize("name", report.SEQUENCE)

@@ -46,6 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("kernel_size", 4, "even"),
         ("pool_after", [9], "blocks are 1 to"),
         ("stem_filters", 3, "even"),
+        ("stem_stride", 3, "from 1 to 2"),
         ("gate", "tanh", "linear, softmax, sigmoid"),
         ("activation", None, "none, relu"),
         ("flip", "yes", "true or false"),
@@ -206,5 +207,6 @@ def test_the_readme_states_what_the_records_say() -> None:
     for run in choices:
         validation = 100 * run.metrics["validation_accuracy"]
         assert re.search(rf"\| `{run.name}` \|.*\| {validation:.2f} \|", readme), run.name
-    earlier = runs.read("four-blocks-seed0").metrics["test_accuracy"]
-    assert f"{100 * earlier:.2f} %" in readme
+    for name in ("four-blocks-seed0", "five-blocks-seed0", "four-epochs-seed1"):
+        accuracy = 100 * runs.read(name).metrics["test_accuracy"]
+        assert re.search(rf"{accuracy:.2f} % \(`{name}`\)", readme), name
