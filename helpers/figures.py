@@ -535,7 +535,14 @@ def gates_by_class(
 def gate_entropies(entropies: Sequence[Tensor]) -> Figure:
     """The entropy of a of each image, as a share of log L: one violin a block."""
     drawn, axes = plt.subplots(figsize=(WIDTH, 3.0))
-    sns.violinplot([e.numpy() for e in entropies], ax=axes, color=COLOURS[0], inner="quart", cut=0)
+    sns.violinplot(
+        [e.numpy() for e in entropies],
+        ax=axes,
+        color=COLOURS[9],
+        inner="quart",
+        cut=0,
+        density_norm="width",
+    )
     axes.set_xticks(range(len(entropies)), [f"B{k}" for k in range(1, len(entropies) + 1)])
     axes.set(
         xlabel=f"intermediate block (n = {len(entropies[0]):,} test images)",
