@@ -210,3 +210,12 @@ def test_the_readme_states_what_the_records_say() -> None:
     for name in ("four-blocks-seed0", "five-blocks-seed0", "four-epochs-seed1"):
         accuracy = 100 * runs.read(name).metrics["test_accuracy"]
         assert re.search(rf"{accuracy:.2f} % \(`{name}`\)", readme), name
+    four_epochs = runs.read("four-epochs-seed1").metrics["train_seconds"] / 60
+    assert f"(`four-epochs-seed1`), in {four_epochs:.1f} minutes" in readme
+    for name in (
+        "choice-early-deeper-slower",
+        "choice-three-long-epochs",
+    ):  # stopped while measuring
+        history = pd.read_csv(runs.RUNS / name / "history.csv")
+        last = 100 * history["validation_accuracy"].iloc[-1]
+        assert re.search(rf"`{name}`[^`]*{last:.2f} %", readme), name
