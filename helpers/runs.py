@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import platform
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 import torch
 import torchvision
+from filelock import FileLock, Timeout
 from torch import nn
 
 from helpers.data import ROOT, ImageData, ImageSet, split
 from helpers.model import ACTIVATIONS, GATES, BlockNetwork
 
 RUNS = ROOT / "notebooks" / "runs"
+VERSION = 1  # of the records; to be raised when an older program could misread a newer record
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -236,51 +241,200 @@ class Run:
 class Record:
     """A run that is being written: what is known after an epoch is on disk after that epoch.
 
+    A run that was begun under this name and not finished is continued, if it was begun with the
+    same settings on the same data. Files are written aside and moved into place, so that whatever
+    stops the program leaves whole files behind. A disk that is full does not stop the training:
+    it is said, and the next writing tries again.
+
+    Args:
+        say: called with a sentence about what was continued or could not be written.
+
+    Used in a `with` statement, which keeps other processes from writing the same record.
+
     Raises:
-        RunError: a run of that name is there already, or its folder cannot be written.
+        RunError: on entering, if a run of that name is finished, failed, under way in another
+            process or was begun with other settings; or if its folder cannot be made.
     """
 
-    def __init__(self, settings: Settings, images: ImageData) -> None:
+    def __init__(
+        self, settings: Settings, images: ImageData, say: Callable[[str], None] = print
+    ) -> None:
         self.name = settings.run or free_name(f"{settings.preset}-seed{settings.seed}")
         self.folder = RUNS / self.name
+        self.say = say
         self.epochs: list[dict[str, float]] = []
         self.batches: list[dict[str, float]] = []
+        self.config = dataclasses.asdict(settings) | {
+            "run": self.name, "dataset": images.name, "version": VERSION,
+        }  # fmt: skip
+
+    def __enter__(self) -> Record:
+        """Make the folder, or check that what is in it can be continued; lock it."""
         try:
-            self.folder.mkdir(parents=True)
-        except FileExistsError:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(self.folder / ".lock", timeout=0)
+            self.lock.acquire()
+        except Timeout:
             raise RunError(
-                f"A run named {self.name} is there already; choose another name with the "
-                f"parameter run, or delete notebooks/runs/{self.name}."
+                f"Run {self.name} is under way in another process; wait for it, or choose another "
+                "name with the parameter run."
             ) from None
         except OSError as error:
+            raise RunError(f"{place(self.folder)} cannot be written: {error.strerror}.") from None
+        try:
+            self.check_unfinished()
+            if not (self.folder / "config.json").is_file():
+                write_json(self.folder / "config.json", self.config)
+        except BaseException:
+            self.lock.release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let others continue the run, if it is not over."""
+        self.lock.release()
+
+    def check_unfinished(self) -> None:
+        """Refuse a run that is over, or that was begun with something else."""
+        if (self.folder / "metrics.json").is_file() or (self.folder / "failed.json").is_file():
             raise RunError(
-                f"notebooks/runs/{self.name} cannot be made: {error.strerror}."
-            ) from None
-        config = dataclasses.asdict(settings) | {"run": self.name, "dataset": images.name}
-        write_json(self.folder / "config.json", config)
+                f"A run named {self.name} is there already; choose another name with the "
+                f"parameter run, or delete {place(self.folder)}."
+            )
+        if not (self.folder / "config.json").is_file():
+            return
+        begun = read_json(self.folder / "config.json")
+        for name, value in self.config.items():
+            if begun.get(name) != value:
+                raise RunError(
+                    f"Run {self.name} was begun with {name} = {begun.get(name)!r}, and now "
+                    f"{name} = {value!r}: go on with the former, choose another name with the "
+                    f"parameter run, or delete {place(self.folder)}."
+                )
+
+    def checkpoint(self) -> dict[str, Any] | None:
+        """The latest checkpoint that can be read, or None; loading it runs no code."""
+        for path in self.checkpoints():
+            if not path.is_file():
+                continue
+            try:
+                state = torch.load(path, weights_only=True, map_location="cpu")
+                if state["run"] == self.name and state["version"] == VERSION:
+                    self.epochs, self.batches = state["epochs"], state["batches"]
+                    return state["training"]
+                fault = f"belongs to run {state['run']}, version {state['version']}"
+            except Exception as error:  # whatever a damaged file leads to
+                fault = f"cannot be read ({type(error).__name__})"
+            self.say(f"{place(path)} {fault}: it is not used.")
+        return None
+
+    def save(self, training: dict[str, Any]) -> None:
+        """Write a checkpoint; the one before is kept beside it.
+
+        Args:
+            training: tensors, numbers, strings, lists and dictionaries of them.
+        """
+        state = {"version": VERSION, "run": self.name, "epochs": self.epochs,
+                 "batches": self.batches, "training": training}  # fmt: skip
+        latest, before = self.checkpoints()
+        with self.complaining(latest):
+            written = latest.with_suffix(".new")
+            with written.open("wb") as file:
+                torch.save(state, file)
+                sync(file)
+            if latest.is_file():
+                latest.replace(before)
+            written.replace(latest)
+
+    def checkpoints(self) -> tuple[Path, Path]:
+        return self.folder / "checkpoint.pt", self.folder / "checkpoint-before.pt"
+
+    @contextlib.contextmanager
+    def complaining(self, path: Path) -> Iterator[None]:
+        """Say what could not be written, and go on."""
+        try:
+            yield
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # torch.save turns some of the former into the latter
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            self.say(f"{place(path)} could not be written ({reason}); the training goes on.")
 
     def add_epoch(self, row: dict[str, float], batches: list[dict[str, float]]) -> None:
         """Add an epoch's row of `history.csv` and its rows of `batches.csv`."""
         self.epochs.append(row)
         self.batches += batches
-        pd.DataFrame(self.epochs).to_csv(self.folder / "history.csv", index=False)
-        pd.DataFrame(self.batches).to_csv(self.folder / "batches.csv", index=False)
+        self.write_tables()
+
+    def write_tables(self) -> None:
+        for name, rows in (("history.csv", self.epochs), ("batches.csv", self.batches)):
+            with self.complaining(self.folder / name):
+                write_text(self.folder / name, pd.DataFrame(rows).to_csv(index=False))
+
+    def fail(self, why: str) -> None:
+        """Mark the run as failed; its last checkpoint stays."""
+        with self.complaining(self.folder / "failed.json"):
+            write_json(self.folder / "failed.json", {"failed": why})
 
     def finish(self, network: nn.Module, metrics: dict[str, Any]) -> Run:
-        """Write the weights and `metrics.json`, and read the record back."""
-        torch.save(network.state_dict(), self.folder / "weights.pt")
-        write_json(self.folder / "metrics.json", metrics)
-        return read(self.name)
+        """Write the weights and `metrics.json`, remove the checkpoints, and give the record."""
+        weights = self.folder / "weights.pt"
+        with self.complaining(weights):
+            torch.save(network.state_dict(), weights.with_suffix(".new"))
+            weights.with_suffix(".new").replace(weights)
+        self.write_tables()
+        written = False
+        with self.complaining(self.folder / "metrics.json"):
+            write_json(self.folder / "metrics.json", metrics)
+            written = True
+        if written:  # else they are all that is left of the run
+            for path in (*self.checkpoints(), self.folder / ".lock"):
+                path.unlink(missing_ok=True)
+        history, batches = pd.DataFrame(self.epochs), pd.DataFrame(self.batches)
+        return Run(self.name, self.folder, self.config, history, batches, metrics)
+
+
+def place(path: Path) -> str:
+    """A path as a reader of a notebook knows it: within the project."""
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.as_posix()
+
+
+def sync(file: IO) -> None:
+    """Have the system put a file on the disk before anything is done that relies on it."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a file aside and move it into place: readers find the old one or the new one."""
+    written = path.with_name(path.name + ".new")
+    with written.open("w", encoding="utf-8") as file:
+        file.write(content)
+        sync(file)
+    written.replace(path)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a record's file.
+
+    Raises:
+        RunError: it is not there, or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{place(path)} cannot be read ({type(error).__name__}).") from None
 
 
 def free_name(stem: str) -> str:
-    """`stem`, or `stem-2`, `stem-3` … if there are such runs already."""
+    """The first of `stem`, `stem-2`, `stem-3` … of which there is no run that is over."""
     name, number = stem, 2
-    while (RUNS / name).exists():
+    while any((RUNS / name / end).exists() for end in ("metrics.json", "failed.json")):
         name, number = f"{stem}-{number}", number + 1
     return name
 
@@ -313,21 +467,32 @@ def read(name: str) -> Run:
     """A finished run.
 
     Raises:
-        RunError: there is no such run, or it was not finished.
+        RunError: there is no such run, it is not finished, it failed, or cannot be read.
     """
     folder = RUNS / name
     if not folder.is_dir():
         raise RunError(f"There is no run {name}; there are: {', '.join(names()) or 'none'}.")
+    if (folder / "failed.json").is_file():
+        why = read_json(folder / "failed.json")["failed"]
+        raise RunError(f"Run {name} failed, so there is nothing to analyse: {why}")
     if not (folder / "metrics.json").is_file():
-        raise RunError(f"Run {name} was not finished: its metrics.json is missing; make it again.")
-    return Run(
-        name,
-        folder,
-        json.loads((folder / "config.json").read_text(encoding="utf-8")),
-        pd.read_csv(folder / "history.csv"),
-        pd.read_csv(folder / "batches.csv"),
-        json.loads((folder / "metrics.json").read_text(encoding="utf-8")),
-    )
+        raise RunError(
+            f"Run {name} is not finished: its metrics.json is missing; notebook 03 with the same "
+            "parameters continues it."
+        )
+    config = read_json(folder / "config.json")
+    if config.get("version", 1) > VERSION:
+        raise RunError(
+            f"Run {name} has a record of version {config['version']}, and this program knows "
+            f"{VERSION}; use the program that made it, or a newer one."
+        )
+    try:
+        history, batches = (pd.read_csv(folder / f"{part}.csv") for part in ("history", "batches"))
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"The tables of run {name} cannot be read ({type(error).__name__}); make it again."
+        ) from None
+    return Run(name, folder, config, history, batches, read_json(folder / "metrics.json"))
 
 
 def check_same_data(run: Run, images: ImageData) -> None:
@@ -409,5 +574,5 @@ def seeds_of(run: Run) -> pd.DataFrame:
 
 def what_counts(run: Run) -> dict[str, Any]:
     """The part of a run's configuration that its accuracy depends on, but for the seed."""
-    ignored = ("seed", "device", "run", "basic_images")
+    ignored = ("seed", "device", "run", "basic_images", "version")
     return {name: value for name, value in run.config.items() if name not in ignored}

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from helpers import evaluation
 from helpers.augment import Augmentation
 from helpers.data import ImageData, ImageSet, normalise, set_epoch, training_loader
 from helpers.runs import Record, Run, Settings, pick_device, surroundings, training_parts
+
+SECONDS_BETWEEN_CHECKPOINTS = 30
+
+
+class TrainingError(Exception):
+    """A training that cannot go on; the message says where it stopped and what to try."""
 
 
 class Muon(Optimizer):
@@ -117,34 +123,108 @@ def train_batch(
     return loss.item(), int((logits.argmax(dim=1) == labels).sum())
 
 
+class Underway:
+    """All that changes while a network is trained, so all that is needed to go on.
+
+    Attributes:
+        epoch: the one that is being trained, counted from 1.
+        batch: how many of its batches are done.
+        loss_sum, right, seen, seconds: of those batches, for the epoch's row.
+    """
+
+    def __init__(self, network: nn.Module, training: ImageSet, settings: Settings) -> None:
+        self.network = network
+        self.optimizers = make_optimizers(network, settings)
+        # Shuffling and augmentation draw from this generator and from no other.
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.augmentation = Augmentation(
+            len(training), settings.translate, settings.flip, self.generator
+        )
+        self.loader = training_loader(
+            training, settings.batch_size, self.augmentation, self.generator
+        )
+        self.begin_epoch(1)
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.epoch, self.batch, self.rows = epoch, 0, []
+        self.loss_sum, self.right, self.seen, self.seconds = 0.0, 0, 0, 0.0
+        self.drawn = self.generator.get_state()
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of the epoch that are still to be done.
+
+        After an interruption the epoch's draws are made again from its start, and the batches
+        that are done are passed over; that takes a moment, and gives exactly the same rest.
+        """
+        self.generator.set_state(self.drawn)
+        set_epoch(self.loader, self.epoch - 1)
+        return itertools.islice(self.loader, self.batch, None)
+
+    def state(self) -> dict[str, Any]:
+        """For `Record.save`."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "drawn": self.drawn,
+            "mirrored_first": self.augmentation.mirrored_first,
+        } | {name: getattr(self, name) for name in self.POSITION}
+
+    POSITION = ("epoch", "batch", "rows", "loss_sum", "right", "seen", "seconds")
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a `state()`."""
+        self.network.load_state_dict(state["network"])
+        for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
+        self.drawn = state["drawn"]
+        self.augmentation.mirrored_first = state["mirrored_first"]
+        for name in self.POSITION:
+            setattr(self, name, state[name])
+
+
 def train_epoch(
-    network: nn.Module,
-    loader: DataLoader,
-    optimizers: list[Optimizer],
-    settings: Settings,
-    epoch: int,
-) -> tuple[list[dict[str, float]], dict[str, float]]:
-    """All batches of one epoch, counted from 1: a row for each batch, and the epoch's row."""
-    set_epoch(loader, epoch - 1)
-    network.train()
-    rows, right, seen, loss_sum = [], 0, 0, 0.0
-    begin = time.perf_counter()
-    for batch, (x, labels) in enumerate(loader, start=1):
-        done = (epoch - 1) * len(loader) + batch - 1
-        factor = set_learning_rate(optimizers, done, settings.epochs * len(loader))
-        loss, hits = train_batch(network, x, labels, optimizers, settings.label_smoothing)
-        rows.append(
-            {"epoch": epoch, "batch": batch, "loss": loss,
-             "learning_rate": factor * settings.learning_rate}
-        )  # fmt: skip
-        right, seen, loss_sum = right + hits, seen + len(labels), loss_sum + loss * len(labels)
-    seconds = time.perf_counter() - begin
-    row = {
-        "epoch": epoch, "loss": loss_sum / seen, "training_accuracy_running": right / seen,
-        "learning_rate": rows[-1]["learning_rate"], "seconds": seconds,
-        "images_per_second": seen / seconds,
+    underway: Underway, settings: Settings, save: Callable[[], None]
+) -> dict[str, float]:
+    """All batches of one epoch that are still to be done; the epoch's row of the history.
+
+    Args:
+        save: called about once a minute, between two batches.
+
+    Raises:
+        TrainingError: a loss that is not finite.
+    """
+    underway.network.train()
+    count, begin = len(underway.loader), time.perf_counter() - underway.seconds
+    saved = time.perf_counter()
+    for x, labels in underway.batches():
+        done = (underway.epoch - 1) * count + underway.batch
+        factor = set_learning_rate(underway.optimizers, done, settings.epochs * count)
+        loss, hits = train_batch(
+            underway.network, x, labels, underway.optimizers, settings.label_smoothing
+        )
+        underway.batch += 1
+        rate = factor * settings.learning_rate
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"The loss is {loss} in epoch {underway.epoch}, batch {underway.batch}, at "
+                f"learning rate {rate:.3g}; try a lower learning_rate or adam_learning_rate."
+            )
+        underway.rows.append(
+            {"epoch": underway.epoch, "batch": underway.batch, "loss": loss, "learning_rate": rate}
+        )
+        underway.right += hits
+        underway.seen += len(labels)
+        underway.loss_sum += loss * len(labels)
+        underway.seconds = time.perf_counter() - begin
+        if time.perf_counter() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+            save()
+            saved = time.perf_counter()
+    return {
+        "epoch": underway.epoch, "loss": underway.loss_sum / underway.seen,
+        "training_accuracy_running": underway.right / underway.seen,
+        "learning_rate": underway.rows[-1]["learning_rate"],
+        "seconds": underway.seconds, "images_per_second": underway.seen / underway.seconds,
     }  # fmt: skip
-    return rows, row
 
 
 def train(
@@ -153,32 +233,52 @@ def train(
     """A whole run: network, loaders, epochs, and the record, which is written as it grows.
 
     The seed decides the network's first weights, the order of the images and their augmentation;
-    measuring draws no random number, so it does not change the training.
+    measuring draws no random number, so it does not change the training. A run that was stopped
+    is continued from its last checkpoint, at most a minute old, and gives on the same machine the
+    same bits as one that was not.
 
     Args:
-        report: called with one line of text an epoch.
+        report: called with a line of text for each epoch, and if something is unusual.
 
     Returns:
         The trained network and its finished record.
+
+    Raises:
+        TrainingError: a loss that is not finite; the record says so too.
     """
     device = pick_device(settings.device)
     torch.set_flush_denormal(True)  # tiny numbers are slow on a CPU and change nothing
     keep_freed_memory()
-    record = Record(settings, images)
+    with Record(settings, images, report) as record:
+        network = train_and_record(images, settings, record, device)
+        return network, record.finish(network, final_metrics(network, record, images, settings))
+
+
+def train_and_record(
+    images: ImageData, settings: Settings, record: Record, device: torch.device
+) -> nn.Module:
+    """The epochs of a run, or what is left of them; the trained network."""
     training, validation = training_parts(images, settings)
     training, test = training.to(device), images.test.to(device)
-    network = first_network(training, settings).to(device)
-    optimizers = make_optimizers(network, settings)
-    generator = torch.Generator().manual_seed(settings.seed)
-    augmentation = Augmentation(len(training), settings.translate, settings.flip, generator)
-    loader = training_loader(training, settings.batch_size, augmentation, generator)
-    begin = time.perf_counter()
-    for epoch in range(1, settings.epochs + 1):
-        rows, row = train_epoch(network, loader, optimizers, settings, epoch)
-        row |= measure(network, test, validation, training)
-        record.add_epoch(row, rows)
-        report(progress(row, settings.epochs, time.perf_counter() - begin))
-    return network, record.finish(network, final_metrics(network, record, images, settings))
+    underway = Underway(first_network(training, settings).to(device), training, settings)
+    if (state := record.checkpoint()) is not None:
+        underway.restore(state)
+        record.say(
+            f"run {record.name} goes on after batch {underway.batch} of {len(underway.loader)} "
+            f"in epoch {underway.epoch}"
+        )
+    while underway.epoch <= settings.epochs:
+        try:
+            row = train_epoch(underway, settings, lambda: record.save(underway.state()))
+        except TrainingError as error:
+            record.fail(str(error))
+            raise
+        row |= measure(underway.network, test, validation, training)
+        record.add_epoch(row, underway.rows)
+        record.say(progress(row, settings.epochs, sum(row["seconds"] for row in record.epochs)))
+        underway.begin_epoch(underway.epoch + 1)
+        record.save(underway.state())
+    return underway.network
 
 
 def keep_freed_memory() -> None:

@@ -61,6 +61,10 @@ def run_python() -> Callable[..., subprocess.CompletedProcess]:
 
 @pytest.fixture(scope="session")
 def tiny_images() -> data.ImageData:
+    return small_images()
+
+
+def small_images() -> data.ImageData:
     """160 training and 70 test images of noise with their class's colour, all different."""
     generator = torch.Generator().manual_seed(0)
     sets = []

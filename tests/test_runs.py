@@ -101,10 +101,12 @@ def test_an_unknown_device_is_refused() -> None:
 
 
 def write_run(settings: Settings, images: data.ImageData) -> runs.Run:
-    record = runs.Record(settings, images)
-    record.add_epoch({"epoch": 1, "test_accuracy": 0.5}, [{"epoch": 1, "batch": 1, "loss": 2.0}])
-    record.add_epoch({"epoch": 2, "test_accuracy": 0.6}, [{"epoch": 2, "batch": 1, "loss": 1.0}])
-    return record.finish(settings.network(), {"dataset": images.name, "test_accuracy": 0.6})
+    metrics = {"dataset": images.name, "test_accuracy": 0.6}
+    with runs.Record(settings, images) as record:
+        for epoch, accuracy, loss in ((1, 0.5, 2.0), (2, 0.6, 1.0)):
+            row = {"epoch": epoch, "test_accuracy": accuracy}
+            record.add_epoch(row, [{"epoch": epoch, "batch": 1, "loss": loss}])
+        return record.finish(settings.network(), metrics)
 
 
 def small(name: str = "") -> Settings:
@@ -129,8 +131,9 @@ def test_a_record_reads_back_as_it_was_written(folder: Path, tiny_images: data.I
 def test_what_is_known_after_an_epoch_is_on_disk_after_it(
     folder: Path, tiny_images: data.ImageData
 ) -> None:
-    record = runs.Record(small(), tiny_images)
-    record.add_epoch({"epoch": 1, "test_accuracy": 0.5}, [{"epoch": 1, "batch": 1, "loss": 2.0}])
+    with runs.Record(small(), tiny_images) as record:
+        row = {"epoch": 1, "test_accuracy": 0.5}
+        record.add_epoch(row, [{"epoch": 1, "batch": 1, "loss": 2.0}])
     assert len(pd.read_csv(folder / record.name / "history.csv")) == 1
     assert json.loads((folder / record.name / "config.json").read_text())["seed"] == 0
     with pytest.raises(RunError, match="not finished"):
@@ -142,7 +145,7 @@ def test_two_runs_never_share_a_name(folder: Path, tiny_images: data.ImageData) 
     assert write_run(small(), tiny_images).name == "quick-seed0-2"
     assert runs.latest("quick-seed0") == "quick-seed0-2"
     with pytest.raises(RunError, match="quick-seed0-2 is there already"):
-        runs.Record(small("quick-seed0-2"), tiny_images)
+        runs.Record(small("quick-seed0-2"), tiny_images).__enter__()
 
 
 def test_latest_does_not_take_another_seeds_run(folder: Path, tiny_images: data.ImageData) -> None:

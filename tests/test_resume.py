@@ -1,0 +1,287 @@
+"""A run that is stopped, in whatever way, goes on as if it had not been."""
+
+import dataclasses
+import errno
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+from helpers import data, runs, training
+from helpers.runs import RunError, Settings
+
+# The quick network itself, on few images: 160 of them make five batches.
+QUICK = Settings(epochs=2, batch_size=32, device="cpu", run="stopped")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+    return tmp_path / "runs" / "stopped"
+
+
+def run_to_the_end(
+    images: data.ImageData, settings: Settings = QUICK
+) -> tuple[torch.nn.Module, runs.Run, list[str]]:
+    said: list[str] = []
+    network, run = training.train(images, settings, said.append)
+    return network, run, said
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tiny_images: data.ImageData, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[torch.nn.Module, runs.Run]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "RUNS", tmp_path_factory.mktemp("undisturbed"))
+        return training.train(tiny_images, QUICK, lambda line: None)
+
+
+def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch, images: data.ImageData) -> None:
+    """Train until the interrupt button is pressed, in the middle of step `steps` + 1."""
+    step, done = training.train_batch, []
+
+    def interrupted(network: torch.nn.Module, *arguments: object) -> tuple:
+        if len(done) == steps:
+            next(network.parameters()).data.zero_()  # half a step leaves the weights anyhow
+            raise KeyboardInterrupt
+        done.append(1)
+        return step(network, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_to_the_end(images)
+
+
+def assert_same_run(ours: tuple, theirs: tuple) -> None:
+    (network, run, *_), (other, expected, *_) = ours, theirs
+    for (name, tensor), theirs in zip(network.state_dict().items(), other.state_dict().values()):
+        assert torch.equal(tensor, theirs), name
+    assert run.batches.equals(expected.batches)
+    timed = ["seconds", "images_per_second"]
+    assert run.history.drop(columns=timed).equals(expected.history.drop(columns=timed))
+    same = ("test_accuracy", "test_accuracy_tta", "training_accuracy")
+    assert [run.metrics[name] for name in same] == [expected.metrics[name] for name in same]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5, 9])  # within an epoch, at its end, in the last one
+def test_a_stopped_run_gives_the_same_bits(
+    steps: int,
+    tiny_images: data.ImageData,
+    undisturbed: tuple,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+) -> None:
+    stop_after(steps, monkeypatch, tiny_images)
+    torch.randn(7)  # somebody else draws from the global generator
+    ours = run_to_the_end(tiny_images)
+    assert_same_run(ours, undisturbed)
+    epoch, batch = divmod(steps, 5)
+    assert ours[2][0] == (f"run stopped goes on after batch {batch} of 5 in epoch {epoch + 1}")
+    assert len(runs.read("stopped").batches) == 10
+    assert not list(folder.glob("checkpoint*")) and not (folder / ".lock").exists()
+
+
+def test_the_optimisers_state_comes_back(
+    tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(3, monkeypatch, tiny_images)
+    with runs.Record(QUICK, tiny_images) as record:
+        state = record.checkpoint()
+    fresh = training.Underway(
+        training.first_network(tiny_images.train, QUICK), tiny_images.train, QUICK
+    )
+    fresh.restore(state)
+    again = fresh.state()
+    for ours, theirs in zip(again["optimizers"], state["optimizers"], strict=True):
+        assert len(ours["state"]) == len(theirs["state"]) > 0
+        for number, own in ours["state"].items():
+            for name, value in own.items():
+                assert torch.equal(
+                    torch.as_tensor(value), torch.as_tensor(theirs["state"][number][name])
+                )
+    assert torch.equal(again["mirrored_first"], state["mirrored_first"])
+
+
+KILLED = """
+import sys, pathlib, torch
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+from conftest import small_images
+from helpers import runs, training
+runs.RUNS = pathlib.Path(sys.argv[2])
+training.SECONDS_BETWEEN_CHECKPOINTS = 0
+settings = runs.Settings(epochs=2, batch_size=32, device="cpu", run="stopped")
+torch.set_num_threads(int(sys.argv[3]))
+training.train(small_images(), settings)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_process_leaves_a_checkpoint(
+    how: signal.Signals, tiny_images: data.ImageData, undisturbed: tuple, folder: Path
+) -> None:
+    threads = str(torch.get_num_threads())
+    command = [sys.executable, "-c", KILLED, str(data.ROOT), str(folder.parent), threads]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (folder / "checkpoint-before.pt").exists():
+        assert process.poll() is None, "ended before it was killed"
+        time.sleep(0.01)
+    process.send_signal(how)
+    assert process.wait(60) != 0
+    with pytest.raises(RunError, match="stopped is not finished"):
+        runs.read("stopped")
+    assert_same_run(run_to_the_end(tiny_images), undisturbed)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "code"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(
+    damage: str,
+    tiny_images: data.ImageData,
+    undisturbed: tuple,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+) -> None:
+    stop_after(4, monkeypatch, tiny_images)
+    latest, proof = folder / "checkpoint.pt", folder / "proof"
+    if damage == "truncated":
+        latest.write_bytes(latest.read_bytes()[:-1000])
+    elif damage == "foreign":
+        state = torch.load(latest, weights_only=True)
+        torch.save(state | {"run": "another"}, latest)
+    else:
+        torch.save(Malice(proof), latest, pickle_module=pickle)
+    ours = run_to_the_end(tiny_images)
+    reason = "belongs to run another" if damage == "foreign" else "cannot be read"
+    assert f"checkpoint.pt {reason}" in ours[2][0] and ours[2][0].endswith("it is not used.")
+    assert "goes on after batch 3 of 5 in epoch 1" in ours[2][1]
+    assert not proof.exists(), "a checkpoint has run code"
+    assert_same_run(ours, undisturbed)
+
+
+class Malice:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.path,))
+
+
+def test_without_any_good_checkpoint_the_run_begins_again(
+    tiny_images: data.ImageData, undisturbed: tuple, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    stop_after(3, monkeypatch, tiny_images)
+    for path in folder.glob("checkpoint*.pt"):
+        path.write_bytes(b"")
+    ours = run_to_the_end(tiny_images)
+    assert sum("cannot be read" in line for line in ours[2]) == 2
+    assert_same_run(ours, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("epochs", 3), ("learning_rate", 0.1), ("seed", 1), ("widths", [32] * 6)]
+)
+def test_other_parameters_than_the_run_began_with_are_refused_by_name(
+    name: str, value: object, tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(1, monkeypatch, tiny_images)
+    with pytest.raises(RunError, match=rf"begun with {name} = .*and now {name} = "):
+        run_to_the_end(tiny_images, dataclasses.replace(QUICK, **{name: value}))
+
+
+def test_another_process_cannot_write_the_same_run(
+    tiny_images: data.ImageData, folder: Path
+) -> None:
+    folder.mkdir(parents=True)
+    with FileLock(folder / ".lock"), pytest.raises(RunError, match="under way in another process"):
+        run_to_the_end(tiny_images)
+    run_to_the_end(tiny_images)  # and when the other is done, it can
+
+
+def test_without_a_name_an_unfinished_run_is_continued_and_a_finished_one_never(
+    tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unnamed = dataclasses.replace(QUICK, run="")
+    monkeypatch.setattr(training, "train_and_record", lambda *_: pytest.fail("stopped"))
+    with pytest.raises(pytest.fail.Exception):
+        run_to_the_end(tiny_images, unnamed)
+    assert runs.free_name("quick-seed0") == "quick-seed0"
+    (runs.RUNS / "quick-seed0" / "metrics.json").write_text("{}")
+    assert runs.free_name("quick-seed0") == "quick-seed0-2"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_marks_it(
+    tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    step, losses = training.train_batch, [None] * 6 + [float("nan")]
+
+    def diverge(*arguments: object) -> tuple[float, int]:
+        loss, right = step(*arguments)
+        return losses.pop(0) or loss, right
+
+    monkeypatch.setattr(training, "train_batch", diverge)
+    with pytest.raises(training.TrainingError, match="nan in epoch 2, batch 2"):
+        run_to_the_end(tiny_images)
+    good = torch.load(folder / "checkpoint.pt", weights_only=True)["training"]
+    assert (good["epoch"], good["batch"]) == (2, 1)
+    with pytest.raises(RunError, match=r"stopped failed.*nan in epoch 2"):
+        runs.read("stopped")
+    with pytest.raises(RunError, match="is there already"):
+        run_to_the_end(tiny_images)
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_costs_no_epoch(
+    tiny_images: data.ImageData, undisturbed: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Callable] = []
+    row = runs.Record.add_epoch
+
+    def filled_up(record: runs.Record, *arguments: object) -> None:
+        monkeypatch.setattr(runs, "sync", full_disk)
+        begun.append(row)
+        row(record, *arguments)
+
+    monkeypatch.setattr(runs.Record, "add_epoch", filled_up)
+    ours = run_to_the_end(tiny_images)
+    assert_same_run(ours, undisturbed)
+    for name in ("history.csv", "checkpoint.pt", "metrics.json"):
+        sentence = f"stopped/{name} could not be written (No space left on device)"
+        assert any(sentence in line for line in ours[2]), name
+
+
+def test_a_folder_that_cannot_be_made_is_named(
+    tiny_images: data.ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(runs, "RUNS", tmp_path / "file")
+    with pytest.raises(RunError, match="file/stopped cannot be written: Not a directory"):
+        run_to_the_end(tiny_images)
+
+
+def test_a_record_of_a_later_version_is_refused_by_name(
+    tiny_images: data.ImageData, folder: Path
+) -> None:
+    run_to_the_end(tiny_images)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"version": runs.VERSION + 1}))
+    with pytest.raises(RunError, match="stopped has a record of version"):
+        runs.read("stopped")
+    del config["version"]  # as the first records had it
+    (folder / "config.json").write_text(json.dumps(config))
+    assert runs.read("stopped").metrics["epochs"] == 2
