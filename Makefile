@@ -9,7 +9,7 @@ BIN := .venv/bin
 # Touched when everything in requirements.txt is installed; newer requirements install again.
 READY := .venv/.ready
 
-.PHONY: help report test lab publish
+.PHONY: help report test lab publish bench
 
 help:  ## this list
 	@echo "make <target>, where <target> is one of"
@@ -25,6 +25,9 @@ test: $(READY)  ## check the style and run all tests
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab --ServerApp.root_dir=. notebooks/01_data_exploration.ipynb
+
+bench: $(READY)  ## measure blocks and steps on an idle machine: about half an hour
+	@$(BIN)/python -m helpers.bench
 
 publish: $(READY)  ## execute the notebooks and store their outputs in them: ONLY="01 02" for some
 	@$(BIN)/python -m helpers.report --publish $(if $(ONLY),--only $(ONLY))

@@ -346,6 +346,39 @@ def cost_by_layer(table: pd.DataFrame) -> Figure:
 
 
 @figure
+def cost_by_branches(blocks: pd.DataFrame, steps: pd.DataFrame) -> Figure:
+    """What L branches cost, as written (dashed) and as built (solid): single blocks, over one plain
+    convolution, and a training step of the whole network, over the one with L = 1.
+
+    Args:
+        blocks: `blocks.csv` of `helpers.bench`.
+        steps: its `steps.csv`.
+    """
+    drawn, (left, right) = plt.subplots(1, 2, figsize=(1.6 * WIDTH, 4.6), sharey=True)
+    swept = blocks[blocks["form"].isin(["branches", "auto"])]
+    cases = {
+        f"{c} → {out}, {size}×{size}": own
+        for (c, out, size), own in swept.groupby(["in", "out", "map"], sort=False)
+        if own["L"].nunique() > 1
+    }
+    for axes, curves in ((left, cases), (right, {"whole network": steps})):
+        for (name, own), colour in zip(curves.items(), COLOURS):
+            for form, line in (("branches", "--"), ("auto", "o-")):
+                one = own[own["form"] == form].sort_values("L")
+                label = name if form == "auto" else None
+                axes.plot(one["L"], one["ratio"], line, color=colour, label=label)
+        axes.set_xticks(sorted(steps["L"].unique()))
+        axes.grid(axis="y", alpha=0.4)
+        axes.legend(fontsize=DIAGRAM_TEXT)
+        axes.set_xlabel("branches L (dashed: as written)")
+        _large(axes)
+    left.set(title="a block, over one convolution", ylabel="time, forward and backward")
+    right.set_title("a training step, over L = 1")
+    _large(left)
+    return drawn
+
+
+@figure
 def two_losses(losses: dict[str, list[float]]) -> Figure:
     """The training loss of two networks that saw the same batches, each by its name."""
     drawn, axes = plt.subplots(figsize=(WIDTH, 3.8))
@@ -387,6 +420,39 @@ def batch_losses(batches: pd.DataFrame) -> Figure:
         xlim=(0, len(batches) + 1),
     )
     axes.legend()
+    return drawn
+
+
+@figure
+def accuracy_by_cost(compared: pd.DataFrame, published: tuple[float, float, float]) -> Figure:
+    """Test accuracy against minutes of training and against multiply-adds, on logarithmic axes.
+
+    Args:
+        compared: `runs.by_cost()`; bars are standard deviations over seeds.
+        published: accuracy, minutes and multiply-adds of the answer to compare with.
+    """
+    drawn, panels = plt.subplots(1, 2, figsize=(1.6 * WIDTH, 4.2), sharey=True)
+    for axes, column, other in zip(panels, ("minutes", "work"), published[1:]):
+        axes.errorbar(
+            compared[column], 100 * compared["accuracy"], 100 * compared["deviation"],
+            fmt="o", color=TEST, capsize=3, label="this project, two CPU cores",
+        )  # fmt: skip
+        axes.plot(
+            other, 100 * published[0], "*", color=REFERENCE, markersize=12,
+            label="published answer, a GPU",
+        )  # fmt: skip
+        axes.axhline(100 * published[0], color=REFERENCE, linestyle="--", linewidth=1)
+        axes.set_xscale("log")
+        _large(axes)
+    for name, x, y in compared[["run", "minutes", "accuracy"]].itertuples(index=False):
+        panels[0].annotate(
+            name, (x, 100 * y), (7, -3), textcoords="offset points", fontsize=DIAGRAM_TEXT
+        )
+    panels[0].set(xlabel="minutes of training", ylabel="test accuracy in %")
+    panels[1].set_xlabel("multiply-adds of the training")
+    panels[1].legend(loc="lower right", fontsize=DIAGRAM_TEXT)
+    for axes in panels:
+        _large(axes)
     return drawn
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial, reduce
 from itertools import pairwise
 from typing import Any
 
@@ -22,11 +22,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 GATES = ("linear", "softmax", "sigmoid")
-FORMS = ("auto", "branches", "fused", "scaled", "mixed")
+FORMS = ("auto", "branches", "fused", "grouped", "winograd")
 ACTIVATIONS = {"none": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
-IMAGES_AT_ONCE = 8  # whose mixed kernels stay in the cache together; see `mixed_convolution`
-POSITIONS_PER_BRANCH = 64  # output positions at which one convolution saved pays for the mixing
+# Where which form is the cheapest on a CPU, measured by `make bench`: `IntermediateBlock.parts`.
+MIXING_POSITIONS = 144  # of a map from which on it pays to mix the kernels of each image
+WINOGRAD_CHANNELS = 96  # in and out, from which on Winograd's products outweigh his transforms
+KERNELS_AT_ONCE = 2**24  # numbers in the mixed kernels that exist at a time (64 MiB)
+TILES_AT_ONCE = 256  # so that what is made of them stays in the cache
 
 
 def check_choice(argument: str, value: str, allowed: Sequence[str]) -> None:
@@ -70,9 +73,9 @@ class IntermediateBlock(nn.Module):
         bias: whether the branches have biases; pointless where batch normalisation follows.
         form: how the sum is evaluated. `"branches"`: as written. `"fused"`: the same, with the
             weighted sum in one pass. Since convolution is linear, two others are the same
-            function: `"scaled"`, the branches on inputs that are weighted already, Σ Cₗ(aₗ·x);
-            and `"mixed"`, one convolution of each image with its own kernel, (Σ aₗ·Wₗ)∗x.
-            `"auto"` takes the cheapest for the shapes at hand.
+            function: `"grouped"`, one convolution of each image with its own kernel, (Σ aₗ·Wₗ)∗x;
+            and `"winograd"` (3×3 and 1×1 kernels, stride 1), the sum inside Winograd's short
+            convolution of tiles. `"auto"` takes the cheapest for the shapes at hand.
 
     Raises:
         ValueError: an argument that is not allowed, named with its value and what is allowed.
@@ -99,12 +102,18 @@ class IntermediateBlock(nn.Module):
             check_positive(argument, value)
         check_choice("gate", gate, GATES)
         check_choice("form", form, FORMS)
+        sizes = kernel_sizes(kernel_size, branches)
+        if form == "winograd" and (stride != 1 or max(sizes) != 3):
+            raise ValueError(
+                f"form='winograd' is not allowed with kernel_size={kernel_size!r} and "
+                f"stride={stride}; it needs 3×3 kernels and stride 1."
+            )
         self.gate_function = gate
         self.form = form
         self.stride = stride
         self.branches = nn.ModuleList(
             nn.Conv2d(in_channels, out_channels, k, stride=stride, padding=k // 2, bias=bias)
-            for k in kernel_sizes(kernel_size, branches)
+            for k in sizes
         )
         self.fc = nn.Linear(in_channels, branches)
         self.start_uniform()
@@ -133,48 +142,48 @@ class IntermediateBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x′, b×out_channels×⌈h/stride⌉×⌈w/stride⌉."""
         a = self.gate(x)
-        form = self.form_for(x)
-        if form == "branches":
-            return weighted_sum(x, a, self.branches)
-        if form == "fused":
-            return _WeightedSum.apply(a, *[branch(x).to(a.dtype) for branch in self.branches])
-        if form == "scaled":
-            x_new = scaled_convolutions(x, a, self.branches)
-        else:
-            x_new = mixed_convolution(x, a, self.stacked_kernels(), self.stride)
-        if self.branches[0].bias is None:
-            return x_new
-        biases = torch.stack([branch.bias for branch in self.branches])
-        return x_new + (a @ biases)[:, :, None, None]
+        terms = (self.evaluate(form, part, x, a) for form, part in self.parts(x))
+        return reduce(torch.add, terms)
 
-    def form_for(self, x: Tensor) -> str:
-        """The form that is used for x, decided by shapes alone.
+    def parts(self, x: Tensor) -> list[tuple[str, list[int]]]:
+        """Which branches are evaluated together for x, and in which form; decided by shapes alone.
 
-        Mixing makes a kernel for each image, whatever the map's size, and saves L − 1 convolutions
-        at every position of the map (fewer, where some branches have small kernels). Where it
-        does not pay, the weights are applied to the smaller map: x, or what the branches make
-        of it. Both rules were measured on a CPU, and are used only there.
+        A mixed kernel is one convolution instead of L, but has to be made for each image, however
+        small its map: large maps. Winograd's tiles save more than half of the multiplications of
+        3×3 kernels, at a price for each channel: many channels. The rest as written. Measured on
+        a CPU (`make bench`), and used only there.
         """
-        if self.form != "auto":
-            return self.form
-        if x.device.type != "cpu":
-            return "branches"
+        everyone = list(range(len(self.branches)))
+        if self.form != "auto" or x.device.type != "cpu":
+            return [("branches" if self.form == "auto" else self.form, everyone)]
+        sizes = [branch.kernel_size[0] for branch in self.branches]
         positions = math.ceil(x.shape[2] / self.stride) * math.ceil(x.shape[3] / self.stride)
-        areas = [branch.kernel_size[0] ** 2 for branch in self.branches]
-        saved = sum(areas) / max(areas) - 1  # convolutions of the largest kernel
-        if saved >= 1 and positions * saved >= POSITIONS_PER_BRANCH:
-            return "mixed"
-        numbers_in, numbers_out = x[0].numel(), self.branches[0].out_channels * positions
-        return "scaled" if 2 * numbers_in <= numbers_out else "fused"
+        narrow = min(x.shape[1], self.branches[0].out_channels) < WINOGRAD_CHANNELS
+        if positions >= MIXING_POSITIONS and sum(k * k for k in sizes) >= 2 * max(sizes) ** 2:
+            return [("grouped", everyone)]
+        if narrow or self.stride > 1 or 3 not in sizes:
+            return [("fused", everyone)]
+        threes = [l for l, k in enumerate(sizes) if k == 3]
+        rest = [l for l, k in enumerate(sizes) if k != 3]
+        return [("winograd", threes)] + [("fused", rest)] * bool(rest)
 
-    def stacked_kernels(self) -> Tensor:
-        """The branches' kernels, L×out×in×k×k (k the largest; smaller ones zero-padded)."""
-        largest = max(branch.kernel_size[0] for branch in self.branches)
-        padded = []
-        for branch in self.branches:
-            rim = (largest - branch.kernel_size[0]) // 2
-            padded.append(F.pad(branch.weight, (rim,) * 4) if rim else branch.weight)
-        return torch.stack(padded)
+    @torch.compiler.disable  # its functions have gradients of their own, which are not for tracing
+    def evaluate(self, form: str, part: list[int], x: Tensor, a: Tensor) -> Tensor:
+        """The terms aₗ·Cₗ(x) of the branches numbered in `part`, added up in one of `FORMS`."""
+        branches, a = [self.branches[l] for l in part], a[:, part]
+        if form == "branches":
+            return weighted_sum(x, a, branches)
+        if form == "fused":
+            return _WeightedSum.apply(a, *[branch(x).to(a.dtype) for branch in branches])
+        kernels = stacked_kernels(branches)
+        if form == "grouped":
+            x_new = _GroupedConvolution.apply(x, a, kernels, self.stride)
+        else:
+            x_new = _WinogradConvolution.apply(x, a, kernels)
+        if branches[0].bias is None:
+            return x_new
+        biases = torch.stack([branch.bias for branch in branches])
+        return x_new + (a @ biases)[:, :, None, None]
 
 
 def one_for_each(argument: str, value: int | Sequence[int], count: int, things: str) -> list[int]:
@@ -218,15 +227,6 @@ def weighted_sum(x: Tensor, a: Tensor, branches: Sequence[nn.Module]) -> Tensor:
     return total
 
 
-def scaled_convolutions(x: Tensor, a: Tensor, branches: Sequence[nn.Conv2d]) -> Tensor:
-    """Σ Wₗ∗(aₗ·x): the weights on the way in instead of the way out; biases are left out."""
-    inputs = (scale * x for scale in a[:, :, None, None, None].unbind(dim=1))
-    return sum(
-        F.conv2d(y, branch.weight, None, branch.stride, branch.padding)
-        for y, branch in zip(inputs, branches, strict=True)
-    )
-
-
 class _WeightedSum(torch.autograd.Function):
     """Σ aₗ·yₗ of b×out×h×w maps yₗ, in one pass over each of them, there and back.
 
@@ -255,92 +255,196 @@ class _WeightedSum(torch.autograd.Function):
         return torch.cat(scalar_products, dim=1)[:, :, 0], *[scale * grad for scale in scales]
 
 
-def mixed_convolution(x: Tensor, a: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
-    """Σ aₗ·(Wₗ∗x) as (Σ aₗ·Wₗ)∗x: each image is convolved once, with a kernel of its own.
-
-    Exact, because convolution is linear in its kernel (CondConv, arXiv 1904.04971, section 3).
-
-    Args:
-        x: b×in×h×w.
-        a: b×L.
-        weight: L×out×in×k×k, k odd.
-        stride: of the convolution; padding is k // 2.
-
-    Returns:
-        b×out×⌈h/stride⌉×⌈w/stride⌉, in channels-last memory format.
-    """
-    return _MixedConvolution.apply(x, a, weight, stride)
+def stacked_kernels(branches: Sequence[nn.Conv2d]) -> Tensor:
+    """The branches' kernels, L×out×in×k×k (k the largest; smaller ones zero-padded)."""
+    largest = max(branch.kernel_size[0] for branch in branches)
+    rims = [(largest - branch.kernel_size[0]) // 2 for branch in branches]
+    return torch.stack([F.pad(b.weight, (rim,) * 4) for b, rim in zip(branches, rims, strict=True)])
 
 
-class _MixedConvolution(torch.autograd.Function):
-    """Mix a few images' kernels, multiply them with the patches of x, go on to the next few.
+class _GroupedConvolution(torch.autograd.Function):
+    """(Σ aₗ·Wₗ)∗x: mix a kernel for each image, then convolve all images in one call.
 
-    Only x, a and the L kernels are kept for the backward pass. The kernels of one image are as
-    large as a convolution's, so they are made for `IMAGES_AT_ONCE` images at a time, used while
-    they are still in the cache, and made again in the backward pass rather than stored.
+    Exact, because convolution is linear in its kernel (CondConv, arXiv 1904.04971, section 3). The
+    images stand side by side as groups of channels. The kernel of one image is as large as a
+    convolution's, so they are made for some images at a time, and made again in the backward pass
+    instead of being kept.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, weight: Tensor, stride: int) -> Tensor:
-        L, out, c, k, _ = weight.shape
-        bank = weight.permute(0, 3, 4, 2, 1).reshape(L, k * k * c * out)
-        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, k // 2, k // 2, k // 2, k // 2))
-        padded = padded.contiguous()  # padding by 0 (k = 1) keeps x's own memory format
-        h, w = -(-x.shape[2] // stride), -(-x.shape[3] // stride)
-        x_new = x.new_empty(len(x), h * w, out)
-        for part in _parts(len(x)):
-            kernels = (a[part] @ bank).view(-1, k * k * c, out)
-            torch.bmm(_patches(padded[part], h, w, k, stride), kernels, out=x_new[part])
-        ctx.save_for_backward(padded, a, bank)
-        ctx.sizes = (L, out, c, k, h, w, stride, x.shape[2], x.shape[3])
-        return x_new.view(len(x), h, w, out).permute(0, 3, 1, 2)
+        ctx.save_for_backward(x, a, weight)
+        ctx.stride = stride
+        maps = []
+        for part in _parts(len(x), KERNELS_AT_ONCE // weight[0].numel()):
+            kernels = (a[part] @ weight.flatten(1)).view(-1, *weight.shape[2:])
+            groups, padding = len(a[part]), weight.shape[3] // 2
+            y = F.conv2d(_side_by_side(x[part]), kernels, None, stride, padding, 1, groups)
+            maps.append(y.view(groups, -1, *y.shape[2:]))
+        together = torch.cat(maps) if len(maps) > 1 else maps[0]
+        return together.contiguous(memory_format=torch.channels_last)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_x_new: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
-        padded, a, bank = ctx.saved_tensors
-        L, out, c, k, h, w, stride, height, width = ctx.sizes
-        grad = grad_x_new.permute(0, 2, 3, 1).reshape(len(a), h * w, out)
-        grad_padded = torch.zeros_like(padded) if ctx.needs_input_grad[0] else None
-        grad_a, grad_bank = torch.empty_like(a), torch.zeros_like(bank)
-        for part in _parts(len(a)):
-            if grad_padded is not None:
-                kernels = (a[part] @ bank).view(-1, k * k * c, out)
-                grad_patches = torch.bmm(grad[part], kernels.transpose(1, 2))
-                _add_patches(grad_padded[part], grad_patches.view(-1, h, w, k, k, c), stride)
-            patches = _patches(padded[part], h, w, k, stride)
-            grad_kernels = torch.bmm(patches.transpose(1, 2), grad[part]).view(-1, bank.shape[1])
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, a, weight = ctx.saved_tensors
+        bank, padding = weight.flatten(1), weight.shape[3] // 2
+        grad_x, grad_a, grad_bank = torch.empty_like(x), torch.empty_like(a), torch.zeros_like(bank)
+        for part in _parts(len(x), KERNELS_AT_ONCE // weight[0].numel()):
+            groups = len(a[part])
+            y, kernels = _side_by_side(x[part]), (a[part] @ bank).view(-1, *weight.shape[2:])
+            grad_y, grad_kernels, _ = torch.ops.aten.convolution_backward(
+                _side_by_side(grad[part]), y, kernels, None, [ctx.stride] * 2, [padding] * 2,
+                [1, 1], False, [0, 0], groups, [ctx.needs_input_grad[0], True, False],
+            )  # fmt: skip
+            grad_kernels = grad_kernels.reshape(groups, -1)
             grad_bank.addmm_(a[part].t(), grad_kernels)
             grad_a[part] = grad_kernels @ bank.t()
-        grad_x, rim = None, k // 2
-        if grad_padded is not None:
-            grad_x = grad_padded[:, rim : rim + height, rim : rim + width].permute(0, 3, 1, 2)
-        return grad_x, grad_a, grad_bank.view(L, k, k, c, out).permute(0, 4, 3, 1, 2), None
+            if grad_y is not None:
+                grad_x[part] = grad_y.reshape(x[part].shape)
+        grad_x = grad_x if ctx.needs_input_grad[0] else None
+        return grad_x, grad_a, grad_bank.view_as(weight), None
 
 
-def _parts(images: int) -> list[slice]:
-    return [slice(i, i + IMAGES_AT_ONCE) for i in range(0, images, IMAGES_AT_ONCE)]
+def _parts(images: int, at_once: int) -> list[slice]:
+    at_once = max(1, at_once)
+    return [slice(i, i + at_once) for i in range(0, images, at_once)]
 
 
-def _patches(padded: Tensor, h: int, w: int, k: int, stride: int) -> Tensor:
-    """The k×k patches of b×H×W×c maps under h×w positions, b×(h·w)×(k·k·c)."""
-    c = padded.shape[3]
-    image, row, column, _ = padded.stride()
-    size = (len(padded), h, w, k, k * c)
-    windows = padded.as_strided(
-        size, (image, row * stride, column * stride, row, 1), padded.storage_offset()
+def _side_by_side(x: Tensor) -> Tensor:
+    """b×c×h×w as 1×(b·c)×h×w in the contiguous memory format, by its strides at 1×1 too."""
+    (b, c, h, w), x = x.shape, x.contiguous()
+    return x.as_strided((1, b * c, h, w), (b * c * h * w, h * w, w, 1), x.storage_offset())
+
+
+@cache
+def winograd_matrices() -> tuple[Tensor, Tensor, Tensor]:
+    """A (6×4), B and G (6×3) with Aᵀ((G·w) ⊙ (Bᵀ·d)) = w∗d, for 3 taps w and 6 numbers d.
+
+    Four outputs for six multiplications instead of twelve (Lavin and Gray, arXiv 1509.09308). A
+    product of polynomials is known from its values at six points; the matrices evaluate at
+    five points and infinity, and go back. The points decide how much is lost to rounding (Barabasz
+    et al., arXiv 1803.10986, whose points for this size these are).
+    """
+    points = torch.tensor([0, 1, -1, 0.5, -2], dtype=torch.float64)
+
+    def values(degree: int) -> Tensor:
+        at_infinity = torch.eye(degree + 1, dtype=torch.float64)[-1:]
+        return torch.cat([points[:, None] ** torch.arange(degree + 1), at_infinity])
+
+    return values(3), torch.linalg.inv(values(5)), values(2)
+
+
+class _WinogradConvolution(torch.autograd.Function):
+    """Σ aₗ·(Wₗ∗x) of 3×3 kernels by 4×4 tiles of the result, each from 6×6 numbers of x.
+
+    A tile's 36 numbers are transformed, once for all branches; the L convolutions are then
+    products at each of the 36 places, together one matrix product over L·c channels that are
+    weighted by a; and one transform leads back. 36·L products for 16 positions where the formula
+    as written takes 144·L. Tiles are taken a few at a time, and transformed again in the backward
+    pass.
+
+    Rounding errors are a few times those of a plain convolution (tests/test_model.py).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, weight: Tensor) -> Tensor:
+        (L, out, c), (h, w) = weight.shape[:3], x.shape[2:]
+        to_x_new, from_x, from_weight = _tile_transforms(x)
+        U = (from_weight @ weight.permute(3, 4, 0, 2, 1).reshape(9, -1)).view(36, L * c, out)
+        padded = _padded(x, rim=1)
+        x_new = x.new_empty(len(x), *_whole_tiles(h, w), out)
+        for part in _parts(len(x), TILES_AT_ONCE // _tiles_of(h, w)):
+            V = _weighted(_apply(from_x, _cut(padded[part], 6)), a[part])
+            products = torch.bmm(V.transpose(0, 1), U)  # 36×tiles×out
+            _join(_apply(to_x_new, products.transpose(0, 1)), x_new[part])
+        ctx.save_for_backward(padded, a, U)
+        ctx.size = (h, w)
+        return x_new[:, :h, :w].permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        padded, a, U = ctx.saved_tensors
+        (h, w), L, c = ctx.size, a.shape[1], padded.shape[3]
+        to_x_new, from_x, from_weight = _tile_transforms(padded)
+        grad = _padded(grad, rim=0)
+        grad_padded = torch.zeros_like(padded)
+        grad_U, grad_a = torch.zeros_like(U), torch.empty_like(a)
+        for part in _parts(len(a), TILES_AT_ONCE // _tiles_of(h, w)):
+            images = len(a[part])
+            grad_products = _apply(to_x_new.t(), _cut(grad[part], 4)).transpose(0, 1)
+            V = _apply(from_x, _cut(padded[part], 6))
+            grad_U.baddbmm_(_weighted(V, a[part]).permute(1, 2, 0), grad_products)
+            grad_V = torch.bmm(grad_products, U.transpose(1, 2))  # 36×tiles×(L·c), weighted
+            grad_V = grad_V.view(36, images, -1, L, c).permute(1, 3, 2, 0, 4).reshape(images, L, -1)
+            grad_a[part] = torch.bmm(grad_V, V.view(images, -1, 1))[:, :, 0]
+            grad_V = torch.bmm(a[part][:, None], grad_V).view_as(V)
+            _add(_apply(from_x.t(), grad_V), grad_padded[part])
+        grad_weight = (from_weight.t() @ grad_U.view(36, -1)).view(3, 3, L, c, -1)
+        grad_x = grad_padded[:, 1 : h + 1, 1 : w + 1].permute(0, 3, 1, 2)
+        return grad_x, grad_a, grad_weight.permute(2, 4, 3, 0, 1)
+
+
+def _tile_transforms(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The transforms of whole tiles: 16×36 to x′, 36×36 from x and 36×9 from W."""
+    A, B, G = winograd_matrices()
+    return tuple(torch.kron(m, m).to(like) for m in (A.t(), B.t(), G))
+
+
+def _apply(transform: Tensor, tiles: Tensor) -> Tensor:
+    """tiles×n×c from tiles×m×c, by a transform n×m."""
+    return torch.bmm(transform.contiguous().expand(len(tiles), *transform.shape), tiles)
+
+
+def _weighted(V: Tensor, a: Tensor) -> Tensor:
+    """(b·tiles)×36×(L·c): transformed tiles, (b·tiles)×36×c, times each weight of their image."""
+    places = V.view(len(a), -1, 1, V.shape[2])  # b×(tiles·36)×1×c
+    return (places * a[:, None, :, None]).view(len(V), 36, -1)
+
+
+def _whole_tiles(h: int, w: int) -> tuple[int, int]:
+    """Height and width of the whole 4×4 tiles that cover h×w."""
+    return 4 * math.ceil(h / 4), 4 * math.ceil(w / 4)
+
+
+def _tiles_of(h: int, w: int) -> int:
+    return math.ceil(h / 4) * math.ceil(w / 4)
+
+
+def _padded(x: Tensor, rim: int) -> Tensor:
+    """x, b×c×h×w, as b×h×w×c, with zeros to whole tiles and a rim around them."""
+    (h, w), (height, width) = x.shape[2:], _whole_tiles(*x.shape[2:])
+    pad = (0, 0, rim, width - w + rim, rim, height - h + rim)
+    return F.pad(x.permute(0, 2, 3, 1), pad).contiguous()
+
+
+def _cut(maps: Tensor, size: int) -> Tensor:
+    """The tiles of b×h×w×c maps, one every 4 positions: (b·tiles)×size²×c."""
+    tiles = maps.unfold(1, size, 4).unfold(2, size, 4)  # b×rows×columns×c×size×size
+    return tiles.permute(0, 1, 2, 4, 5, 3).reshape(-1, size * size, maps.shape[3])
+
+
+def _join(tiles: Tensor, maps: Tensor) -> None:
+    """Fill b×h×w×c maps from their 4×4 tiles, (b·tiles)×16×c."""
+    b, h, w, c = maps.shape
+    maps.view(b, h // 4, 4, w // 4, 4 * c).copy_(
+        tiles.view(b, h // 4, w // 4, 4, 4 * c).transpose(2, 3)
     )
-    return windows.reshape(len(padded), h * w, k * k * c)
 
 
-def _add_patches(padded: Tensor, patches: Tensor, stride: int) -> None:
-    """Add b×h×w×k×k×c patches to the b×H×W×c maps they were taken from."""
-    _, h, w, k, _, _ = patches.shape
-    for dy in range(k):
-        for dx in range(k):
-            rows = slice(dy, dy + (h - 1) * stride + 1, stride)
-            columns = slice(dx, dx + (w - 1) * stride + 1, stride)
-            padded[:, rows, columns] += patches[:, :, :, dy, dx]
+def _add(tiles: Tensor, maps: Tensor) -> None:
+    """Add 6×6 tiles, (b·tiles)×36×c, to the b×h×w×c maps from which `_cut` takes them.
+
+    Neighbours share two rows and two columns, so they are added in four pieces that do not overlap.
+    """
+    b, h, w, c = maps.shape
+    tiles = tiles.view(b, (h - 2) // 4, (w - 2) // 4, 6, 6, c)
+    for rows in (slice(0, 4), slice(4, 6)):
+        for columns in (slice(0, 4), slice(4, 6)):
+            piece = tiles[:, :, :, rows, columns]
+            places = maps.unfold(1, 6, 4).unfold(2, 6, 4).permute(0, 1, 2, 4, 5, 3)
+            places[:, :, :, rows, columns].add_(piece)
 
 
 class OutputBlock(nn.Module):
@@ -582,11 +686,22 @@ def _append_row(
             "what": what,
             "output": "×".join(str(n) for n in output.shape[1:]),
             "parameters": sum(learned),
-            "form": layer.form_for(inputs[0]) if isinstance(layer, IntermediateBlock) else "",
+            "form": _forms(layer, inputs[0]) if isinstance(layer, IntermediateBlock) else "",
             "multiply-adds as written": written,
             "multiply-adds as evaluated": evaluated,
         }
     )
+
+
+def _forms(block: IntermediateBlock, x: Tensor) -> str:
+    """The forms in which a block is evaluated; with the kernel sizes, if there are several."""
+    parts = block.parts(x)
+    if len(parts) == 1:
+        return parts[0][0]
+    return ", ".join(
+        f"{form} {k}×{k}" for form, part in parts
+        for k in sorted({block.branches[l].kernel_size[0] for l in part}, reverse=True)
+    )  # fmt: skip
 
 
 def _what_it_is(layer: nn.Module) -> str:
@@ -631,13 +746,22 @@ def _block_multiply_adds(block: IntermediateBlock, x: Tensor, output: Tensor) ->
     c, out, L = x.shape[1], output.shape[1], len(block.branches)
     positions = output.shape[2:].numel()
     kernels = [branch.weight.numel() for branch in block.branches]  # out·c·k² each
-    gate, biases = c * L, 0 if block.branches[0].bias is None else L * out
+    gate = c * L
     written = gate + sum(kernels) * positions + L * out * positions
-    match block.form_for(x):
-        case "scaled":
-            scaling = L * x[0].numel()
-            return written, gate + scaling + sum(kernels) * positions + biases
-        case "mixed":
-            return written, gate + L * max(kernels) + max(kernels) * positions + biases
-        case _:
-            return written, written
+    evaluated = gate
+    for form, part in block.parts(x):
+        own, biases = [kernels[l] for l in part], 0 if block.branches[0].bias is None else out
+        match form:
+            case "grouped":
+                evaluated += max(own) * (len(part) + positions) + len(part) * biases
+            case "winograd":
+                evaluated += _winograd_multiply_adds(len(part), c, out, output) + len(part) * biases
+            case _:
+                evaluated += len(part) * out * positions + sum(own) * positions
+    return written, evaluated
+
+
+def _winograd_multiply_adds(L: int, c: int, out: int, output: Tensor) -> int:
+    """Of one image: the transforms of its tiles, the weights, and the products; W's own are shared
+    by all images of a batch."""
+    return _tiles_of(*output.shape[2:]) * 36 * (36 * c + L * c + L * c * out + 16 * out)

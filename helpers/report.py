@@ -437,8 +437,8 @@ def pdf_content(run: runs.Run) -> dict:
         "hyperparameters": [
             [name.replace("_", " "), str(run.config[name])]
             for name in (
-                "epochs", "batch_size", "learning_rate", "adam_learning_rate", "label_smoothing",
-                "translate", "widths", "branches", "kernel_size",
+                "epochs", "batch_size", "learning_rate", "momentum", "adam_learning_rate",
+                "label_smoothing", "translate", "widths", "branches", "kernel_size",
             )
         ],
         "seeds": [

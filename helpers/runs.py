@@ -23,9 +23,10 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from helpers.data import ROOT, ImageData, ImageSet, split
-from helpers.model import ACTIVATIONS, GATES, BlockNetwork
+from helpers.model import ACTIVATIONS, GATES, BlockNetwork, layer_table
 
 RUNS = ROOT / "notebooks" / "runs"
+BENCHMARKS = ROOT / "notebooks" / "benchmarks"  # what `make bench` writes
 VERSION = 1  # of the records; to be raised when an older program could misread a newer record
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -138,6 +139,7 @@ class Settings:
     epochs: int = whole(5, 1, 10_000)
     batch_size: int = whole(500, 1, 50_000)
     learning_rate: float = real(0.24, 0.0, 100.0)  # Muon, on the branches' kernels
+    momentum: float = real(0.6, 0.0, 0.999)  # of Muon
     adam_learning_rate: float = real(0.01, 0.0, 10.0)  # Adam, on everything else
     label_smoothing: float = real(0.1, 0.0, 0.999)
     translate: int = whole(2, 0, 31)
@@ -576,3 +578,48 @@ def what_counts(run: Run) -> dict[str, Any]:
     """The part of a run's configuration that its accuracy depends on, but for the seed."""
     ignored = ("seed", "device", "run", "basic_images", "version")
     return {name: value for name, value in run.config.items() if name not in ignored}
+
+
+def by_cost(dataset: str = "cifar10") -> pd.DataFrame:
+    """Accuracy and cost of everything that was trained on all training images, a row for each.
+
+    Columns: `run` (without its seed), `n` seeds, mean test `accuracy` and its standard `deviation`
+    (fractions of one), mean `minutes` of training, the `device`, and `work`, the multiply-adds of a
+    whole training: those of each image forward, as the formula is written, and as many again for
+    each of the two gradients. Sorted by minutes.
+    """
+    rows, known = [], []
+    for run in map(read, names()):
+        config = run.config
+        if config["dataset"] != dataset or config["validation"] or config["train_images"]:
+            continue
+        if what_counts(run) in known:
+            continue
+        known.append(what_counts(run))
+        seeds = seeds_of(run)
+        accuracy, minutes = seeds["test_accuracy"], seeds["train_seconds"] / 60
+        rows.append(
+            {"run": re.sub(r"-seed\d+(-\d+)?$", "", run.name), "n": len(seeds),
+             "accuracy": accuracy.mean(), "deviation": accuracy.std(), "minutes": minutes.mean(),
+             "device": run.metrics["hardware"]["device"], "work": training_work(run)}
+        )  # fmt: skip
+    return pd.DataFrame(rows).sort_values("minutes", ignore_index=True)
+
+
+def training_work(run: Run) -> float:
+    """The multiply-adds of a whole training, forward and backward, as the formula is written."""
+    with torch.device("meta"):
+        image = layer_table(settings_of(run).network())["multiply-adds as written"].sum()
+    images = (run.history["images_per_second"] * run.history["seconds"]).sum()
+    return 3.0 * float(image) * float(images)
+
+
+def benchmark(table: str) -> pd.DataFrame:
+    """A table that `make bench` has measured: blocks, steps, profile, tried or memory."""
+    return pd.read_csv(BENCHMARKS / f"{table}.csv")
+
+
+def benchmark_machine() -> str:
+    """The machine on which it was measured, in a few words."""
+    hardware = read_json(BENCHMARKS / "machine.json")["hardware"]
+    return f"{hardware['processor']}, {hardware['threads']} threads, {hardware['instructions']}"

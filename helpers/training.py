@@ -40,7 +40,7 @@ class Muon(Optimizer):
         momentum: of the gradients.
     """
 
-    def __init__(self, kernels: Iterable[Tensor], lr: float, momentum: float = 0.6) -> None:
+    def __init__(self, kernels: Iterable[Tensor], lr: float, momentum: float) -> None:
         super().__init__(kernels, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
@@ -87,7 +87,7 @@ def make_optimizers(network: nn.Module, settings: Settings) -> list[Optimizer]:
     chosen = {id(kernel) for kernel in kernels}
     others = [p for p in network.parameters() if p.requires_grad and id(p) not in chosen]
     optimizers = [
-        Muon(kernels, lr=settings.learning_rate),
+        Muon(kernels, lr=settings.learning_rate, momentum=settings.momentum),
         torch.optim.Adam(others, lr=settings.adam_learning_rate, betas=(0.9, 0.95)),
     ]
     for optimizer in optimizers:

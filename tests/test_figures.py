@@ -27,6 +27,10 @@ HISTORY = pd.DataFrame(
         "test_accuracy": [0.5, 0.65],
     }
 )
+COMPARED = pd.DataFrame(
+    {"run": ["a", "b"], "accuracy": [0.88, 0.9], "deviation": [None, 0.01], "minutes": [8, 10],
+     "work": [1e12, 2e12]}
+)  # fmt: skip
 
 
 def draw_all() -> dict[str, Figure]:
@@ -35,6 +39,7 @@ def draw_all() -> dict[str, Figure]:
     return {
         "batch_losses": figures.batch_losses(BATCHES),
         "accuracy_by_epoch": figures.accuracy_by_epoch(HISTORY, evaluation.PUBLISHED),
+        "accuracy_by_cost": figures.accuracy_by_cost(COMPARED, (0.885, 57, 1e16)),
         "confusion": figures.confusion(COUNTS, data.CLASSES),
         "class_accuracies": figures.class_accuracies(evaluation.class_table(COUNTS, data.CLASSES)),
         "mistakes": figures.mistakes(images, ["cat"] * 7, ["dog"] * 7, [0.9] * 7),

@@ -3,6 +3,7 @@
 import itertools
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,10 +30,25 @@ SHAPES = [
     (4, 1, 2, (5, 5), "sigmoid"),
     (5, (1, 3, 3, 5, 7), 2, (9, 8), "linear"),
     (8, 3, 1, (3, 2), "softmax"),
+    (2, (3, 1), 1, (9, 13), "softmax"),
     (8, 3, 2, (1, 1), "sigmoid"),
 ]
-# One image, a full part of mixed kernels and a rest, so that no boundary goes untested.
-BATCHES = (1, 2 * model.IMAGES_AT_ONCE + 3)
+FAST = tuple(form for form in model.FORMS if form != "branches")
+
+
+def possible(shape, form):
+    """Winograd's tiles are for kernels up to 3×3 and stride 1."""
+    return form != "winograd" or (shape[2] == 1 and np.max(shape[1]) == 3)
+
+
+CASES = [(shape, form) for shape in SHAPES for form in model.FORMS if possible(shape, form)]
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    """So few images at a time that batches of 11 are several parts and a rest."""
+    monkeypatch.setattr(model, "KERNELS_AT_ONCE", 4 * 3 * 4 * 9)
+    monkeypatch.setattr(model, "TILES_AT_ONCE", 16)
 
 
 def block_of(shape, form="auto", dtype=torch.float64, seed=0):
@@ -91,18 +107,16 @@ def assert_same(measured, expected, **tolerance):
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("form", model.FORMS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "form"), CASES, ids=str)
 def test_value_and_gradients_equal_the_formula(shape, form, memory_format):
-    for b in BATCHES:
+    for b in (1, 11):
         block, x = block_of(shape, form), random_maps(shape, b, memory_format=memory_format)
         expected = value_and_gradients(lambda x, block=block: formula(block, x), block, x)
         assert len(expected) == 2 + 2 * shape[0] + 2  # x′ and x, kernels and biases, fc
         assert_same(value_and_gradients(block, block, x), expected, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("form", model.FORMS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "form"), CASES, ids=str)
 def test_float32_equals_the_formula_to_rounding(shape, form):
     exact, x = block_of(shape, form), random_maps(shape, 11)
     expected = value_and_gradients(lambda x: formula(exact, x), exact, x)
@@ -113,6 +127,24 @@ def test_float32_equals_the_formula_to_rounding(shape, form):
         assert (measured[name] - value).abs().max() < 1e-5 * largest, name
 
 
+@pytest.mark.parametrize("c", [32, 128])
+def test_winograd_loses_little_more_to_rounding_than_a_plain_convolution(c):
+    """Relative to the largest value; on maps like those of the network."""
+    torch.manual_seed(0)
+    exact = IntermediateBlock(c, c, 2, bias=False, form="branches").double()
+    x = torch.randn(16, c, 8, 8).double().requires_grad_()
+    expected = value_and_gradients(exact, exact, x)
+    lost = {}
+    for form in ("branches", "winograd"):
+        block = IntermediateBlock(c, c, 2, bias=False, form=form)
+        block.load_state_dict(exact.state_dict())
+        measured = value_and_gradients(block, block, x.detach().float().requires_grad_())
+        lost[form] = {n: (measured[n] - v).abs().max() / v.abs().max() for n, v in expected.items()}
+    assert max(lost["winograd"].values()) < 2e-5
+    for name, error in lost["winograd"].items():
+        assert error < 20 * max(lost["branches"].values()), name
+
+
 @pytest.mark.parametrize("L", range(1, 9))
 def test_forms_agree_without_biases(L):
     torch.manual_seed(L)
@@ -120,33 +152,47 @@ def test_forms_agree_without_biases(L):
     nn.init.normal_(block.fc.weight)
     x = random_maps((L, 3, 1, (6, 7), "softmax"), 10, channels=5)
     expected = value_and_gradients(block, block, x)
-    for form in model.FORMS:
+    for form in FAST:
         block.form = form
         assert_same(value_and_gradients(block, block, x), expected, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize(("k", "stride"), [(1, 1), (3, 1), (3, 2), (5, 2)])
-def test_mixed_convolution_passes_gradcheck(k, stride):
+def gradcheck(function, L, k):
     torch.manual_seed(0)
-    b, L = model.IMAGES_AT_ONCE + 1, 3
-    x, a = torch.randn(b, 1, 4, 3).double(), torch.randn(b, L).double()
-    weight = torch.randn(L, 2, 1, k, k).double()
-    inputs = [tensor.requires_grad_() for tensor in (x, a, weight)]
-    assert torch.autograd.gradcheck(
-        lambda x, a, weight: model.mixed_convolution(x, a, weight, stride), inputs
-    )
+    x, a = torch.randn(5, 1, 5, 3).double(), torch.randn(5, L).double()
+    inputs = [t.requires_grad_() for t in (x, a, torch.randn(L, 2, 1, k, k).double())]
+    return torch.autograd.gradcheck(function, inputs)
 
 
-def test_mixed_convolution_refuses_a_second_derivative():
-    block, x = block_of(SHAPES[1], "mixed"), random_maps(SHAPES[1])
+@pytest.mark.parametrize(("k", "stride"), [(1, 1), (3, 1), (3, 2), (5, 2)])
+def test_grouped_convolution_passes_gradcheck(k, stride):
+    assert gradcheck(lambda *inputs: model._GroupedConvolution.apply(*inputs, stride), 3, k)
+
+
+@pytest.mark.parametrize("L", [1, 3])
+def test_winograd_convolution_passes_gradcheck(L):
+    assert gradcheck(model._WinogradConvolution.apply, L, 3)
+
+
+def test_winograds_matrices_convolve_four_outputs_with_six_products():
+    A, B, G = model.winograd_matrices()
+    d, w = torch.randn(6).double(), torch.randn(3).double()
+    plain = F.conv1d(d[None, None], w[None, None])[0, 0]
+    torch.testing.assert_close(A.t() @ ((G @ w) * (B.t() @ d)), plain)
+
+
+@pytest.mark.parametrize("form", ["fused", "grouped", "winograd"])
+def test_fast_forms_refuse_a_second_derivative(form):
+    block, x = block_of(SHAPES[1], form), random_maps(SHAPES[1])
     (gradient,) = torch.autograd.grad((block(x) ** 2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
 
-def test_mixed_form_keeps_no_kernels_of_images():
+@pytest.mark.parametrize("form", ["grouped", "winograd"])
+def test_nothing_that_grows_with_images_times_branches_is_kept(form):
     b, c, out, L = 64, 16, 16, 4
-    block = IntermediateBlock(c, out, L, form="mixed")
+    block = IntermediateBlock(c, out, L, form=form)
     saved = {}  # by memory, since parameters and views of them are saved more than once
 
     def keep(tensor):
@@ -155,7 +201,7 @@ def test_mixed_form_keeps_no_kernels_of_images():
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         block(torch.randn(b, c, 8, 8))
-    padded_x, kernels = 4 * b * c * 10 * 10, 4 * L * out * c * 9
+    padded_x, kernels = 4 * b * c * 10 * 10, 4 * L * out * c * 36  # transformed: 36 numbers for 9
     kernels_of_images = 4 * b * out * c * 9
     assert sum(saved.values()) < padded_x + 2 * kernels + 4 * b * (c + 10 * L) + 10_000
     assert max(saved.values()) <= padded_x < kernels_of_images
@@ -246,38 +292,49 @@ def test_branches_are_independent_convolutions():
 # ---- which form
 
 
+def parts_of(size, kernel_size, stride=1, channels=(128, 128), device="cpu"):
+    with torch.device("meta"):
+        block = IntermediateBlock(*channels, len(kernel_size), kernel_size, stride)
+    return block.parts(torch.empty(1, channels[0], size, size, device=device))
+
+
 @pytest.mark.parametrize(
-    ("size", "stride", "kernel_size", "form"),
+    ("size", "kernel_size", "stride", "parts"),
     [
-        (16, 1, 3, "mixed"),
-        (8, 1, 3, "mixed"),  # 64 positions × 1 convolution saved: just worth it
-        (7, 1, 3, "fused"),
-        (15, 2, 3, "mixed"),  # 8×8 positions after the stride
-        (8, 2, 3, "fused"),
-        (32, 1, (1, 5), "fused"),  # the 1×1 branch is hardly a convolution saved
+        (16, (3, 3, 3, 3), 1, [("grouped", [0, 1, 2, 3])]),
+        (32, (3, 3), 2, [("grouped", [0, 1])]),  # 16×16 positions after the stride
+        (8, (3, 3, 3, 3), 1, [("winograd", [0, 1, 2, 3])]),  # too few positions for mixing
+        (4, (3,), 1, [("winograd", [0])]),
+        (8, (3, 3), 2, [("fused", [0, 1])]),
+        (8, (5, 5), 1, [("fused", [0, 1])]),
+        (16, (1, 3, 3), 1, [("grouped", [0, 1, 2])]),  # 1×1 padded: still a convolution saved
+        (32, (1, 5), 1, [("fused", [0, 1])]),  # the 1×1 branch is hardly a convolution saved
+        (8, (1, 3, 3, 5), 1, [("winograd", [1, 2]), ("fused", [0, 3])]),
     ],
 )
-def test_auto_takes_the_cheapest_form_by_shapes(size, stride, kernel_size, form):
-    block = IntermediateBlock(3, 4, 2, kernel_size, stride)
-    assert block.form_for(torch.empty(1, 3, size, size)) == form
+def test_auto_takes_the_cheapest_forms_by_shapes(size, kernel_size, stride, parts):
+    assert parts_of(size, kernel_size, stride) == parts
 
 
-@pytest.mark.parametrize(
-    ("out", "stride", "form"), [(6, 1, "scaled"), (5, 1, "fused"), (24, 2, "scaled")]
-)
-def test_auto_weights_the_smaller_map(out, stride, form):
-    block = IntermediateBlock(3, out, 2, (1, 5), stride)
-    assert block.form_for(torch.empty(1, 3, 4, 4)) == form
+@pytest.mark.parametrize("channels", [(32, 128), (128, 32)])
+def test_auto_takes_winograd_for_many_channels_only(channels):
+    assert parts_of(8, (3, 3), channels=channels) == [("fused", [0, 1])]
+    assert parts_of(16, (3, 3), channels=channels) == [("grouped", [0, 1])]
 
 
 def test_auto_chooses_on_a_cpu_only():
-    block = IntermediateBlock(3, 4, 2)
-    assert block.form_for(torch.empty(1, 3, 32, 32, device="meta")) == "branches"
-    assert IntermediateBlock(3, 4, 1).form_for(torch.empty(1, 3, 32, 32)) == "fused"
+    assert parts_of(32, (3, 3, 3, 3), device="meta") == [("branches", [0, 1, 2, 3])]
     for form in set(model.FORMS) - {"auto"}:
-        block.form = form
+        block = IntermediateBlock(3, 4, 2, form=form)
         for size in (1, 32):
-            assert block.form_for(torch.empty(1, 3, size, size, device="meta")) == form
+            assert block.parts(torch.empty(1, 3, size, size, device="meta")) == [(form, [0, 1])]
+
+
+def test_parts_cover_every_branch_once():
+    for sizes in itertools.product((1, 3, 5), repeat=4):
+        for size in (2, 8, 32):
+            found = [l for _, part in parts_of(size, sizes) for l in part]
+            assert sorted(found) == [0, 1, 2, 3]
 
 
 # ---- output block and stem
@@ -410,7 +467,9 @@ WRONG_BLOCKS = [
     ({"kernel_size": 3.0}, ["kernel_size=3.0", "integer"]),
     ({"kernel_size": "3"}, ["kernel_size='3'", "one number"]),
     ({"gate": "relu"}, ["gate='relu'", "linear, softmax, sigmoid"]),
-    ({"form": "fast"}, ["form='fast'", "auto, branches, fused, scaled, mixed"]),
+    ({"form": "winograd", "stride": 2}, ["form='winograd'", "stride=2", "3×3", "stride 1"]),
+    ({"form": "winograd", "kernel_size": 5}, ["form='winograd'", "kernel_size=5", "3×3"]),
+    ({"form": "fast"}, ["form='fast'", "auto, branches, fused, grouped, winograd"]),
 ]
 WRONG_NETWORKS = [
     ({"widths": []}, ["widths=[]", "at least one block"]),
@@ -499,7 +558,7 @@ def test_layer_table_equals_counts_by_hand():
 def test_layer_table_counts_the_mixing_of_kernels(bias):
     network = BlockNetwork(
         [5], 2, kernel_size=(1, 3), gate="linear", normalise=not bias, activation="none",
-        form="mixed",
+        form="grouped",
     )  # fmt: skip
     row = layer_table(network, image_size=4).loc["B1"]
     gate = 3 * 2
@@ -507,6 +566,14 @@ def test_layer_table_counts_the_mixing_of_kernels(bias):
     assert row["multiply-adds as written"] == 3 * 5 * (1 + 9) * 16 + gate + 2 * 5 * 16
     mixing = 2 * 3 * 5 * 9 + bias * 2 * 5  # the 1×1 kernel is padded to 3×3
     assert row["multiply-adds as evaluated"] == mixing + 3 * 5 * 9 * 16 + gate
+
+
+def test_layer_table_counts_winograds_products_and_transforms():
+    network = BlockNetwork([5], 2, gate="linear", activation="none", form="winograd")
+    row = layer_table(network, image_size=6).loc["B1"]
+    tiles, transforms = 4, 36 * 36 * 3 + 16 * 36 * 5
+    weights_and_products = 36 * 2 * 3 + 36 * 2 * 3 * 5
+    assert row["multiply-adds as evaluated"] == tiles * (transforms + weights_and_products) + 3 * 2
 
 
 def test_layer_table_leaves_the_network_as_it_was():

@@ -179,6 +179,31 @@ def test_training_parts_hold_out_what_is_asked(tiny_images: data.ImageData) -> N
     assert len(training) == 30 and validation is None
 
 
+def test_accuracy_and_cost_of_everything_that_was_trained(
+    folder: Path, tiny_images: data.ImageData
+) -> None:
+    rows = {"run-seed0": (0, 0.5), "run-seed1": (1, 0.7), "other-seed0": (0, 0.4)}
+    for name, (seed, accuracy) in rows.items():
+        widths = [2] if name.startswith("other") else [3]
+        settings = Settings(
+            run=name, seed=seed, widths=widths, stem_filters=0, pool_after=[], kernel_size=1
+        )
+        metrics = {
+            "dataset": tiny_images.name, "test_accuracy": accuracy, "train_seconds": 60 * widths[0],
+            "seed": seed, "finished": name, "hardware": {"device": "cpu"},
+        }  # fmt: skip
+        with runs.Record(settings, tiny_images) as record:
+            record.add_epoch({"epoch": 1, "seconds": 2.0, "images_per_second": 80.0}, [])
+            record.finish(settings.network(), metrics)
+    table = runs.by_cost(tiny_images.name).set_index("run")
+    assert list(table.index) == ["other", "run"] and list(table["n"]) == [1, 2]
+    assert table.loc["run", "accuracy"] == pytest.approx(0.6)
+    assert table.loc["run", "deviation"] == pytest.approx(0.02**0.5)
+    assert list(table["minutes"]) == [2, 3]
+    block = 2 * 3 * 3 * 1024 + 3 * 2 + 2 * 3 * 1024  # two 1×1 convolutions, fc, weighted sum
+    assert table.loc["run", "work"] == 3 * 160 * (block + 3 * 10)
+
+
 def test_committed_records_say_what_they_must() -> None:
     """The records that the report speaks of; a copy of the project may have none."""
     keys = {

@@ -172,7 +172,7 @@ def test_muon_keeps_the_norm_of_a_bank_and_moves_it_by_the_learning_rate() -> No
     kernel = torch.nn.Parameter(torch.randn(8, 4, 3, 3))
     kernel.grad = torch.randn_like(kernel)
     kept = (kernel * (8**0.5 / kernel.norm())).detach().clone()
-    training.Muon([kernel], lr=0.1).step()
+    training.Muon([kernel], lr=0.1, momentum=0.6).step()
     step = (kernel.detach() - kept) / -0.1
     expected = training.orthogonal(kernel.grad.flatten(1)[None])[0].view_as(kernel)
     torch.testing.assert_close(step, expected, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,298 @@
+"""What a block and a training step cost, measured side by side: `make bench`.
+
+    python -m helpers.bench                # everything: about half an hour on two idle cores
+    python -m helpers.bench tried memory   # some of the tables only
+
+It writes `notebooks/benchmarks/`: `blocks.csv`, `steps.csv`, `tried.csv` and `memory.csv` (a row a
+candidate), `profile.csv` (where the time of a step goes) and `machine.json`. Notebooks 02 and 03
+show them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import Timer
+
+from helpers import runs, training
+from helpers.model import FORMS, IntermediateBlock
+
+BATCH = 128
+# in and out channels, and the size of the map: those of `references.md`, and the quick network's.
+SHAPES = (
+    (24, 32, 32), (64, 64, 32), (32, 32, 16), (64, 64, 16), (64, 128, 16), (32, 128, 16),
+    (128, 128, 16), (64, 256, 16), (128, 128, 8), (128, 256, 8), (256, 256, 8), (128, 128, 4),
+    (256, 256, 4),
+)  # fmt: skip
+SWEPT = (24, 32, 32), (64, 128, 16), (128, 128, 8), (128, 128, 4)  # for which L is varied
+BRANCHES = (1, 2, 4, 8)
+ROUNDS, REPEATS = 5, 2  # rounds in which the candidates take turns; runs of each in a round
+LAST = "channels_last"
+
+
+def in_turn(
+    candidates: dict[Any, Callable[[], object]], rounds: int = ROUNDS, repeats: int = REPEATS
+) -> dict[Any, float]:
+    """The seconds of each candidate: the median over rounds of the mean of a few runs.
+
+    The candidates take turns, so that a machine that slows down for a while slows all of them.
+    """
+    timers = {
+        name: Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+        for name, run in candidates.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            seconds[name].append(timer.timeit(repeats).mean)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def maps(channels: int, size: int, memory_format: torch.memory_format) -> Tensor:
+    x = torch.randn(BATCH, channels, size, size).contiguous(memory_format=memory_format)
+    return x.requires_grad_()
+
+
+def there_and_back(layer: nn.Module, channels: int, size: int, memory_format: str) -> Callable:
+    """A function that runs a layer forward and backward, on the gradient of random maps."""
+    layout = getattr(torch, memory_format)
+    layer = layer.to(memory_format=layout)
+    x = maps(channels, size, layout)
+    grad = torch.randn_like(layer(x))
+    return lambda: layer(x).backward(grad)
+
+
+def plain(c: int, out: int, size: int) -> dict[str, Callable]:
+    """One plain convolution of that shape, in either memory format."""
+    return {
+        f"plain, {layout}": there_and_back(
+            nn.Conv2d(c, out, 3, padding=1, bias=False), c, size, layout
+        )
+        for layout in ("contiguous_format", LAST)
+    }
+
+
+def block(c: int, out: int, size: int, L: int, form: str) -> Callable:
+    return there_and_back(IntermediateBlock(c, out, L, bias=False, form=form), c, size, LAST)
+
+
+def bench_blocks() -> pd.DataFrame:
+    """Forward and backward of a block over one plain convolution (the faster memory format).
+
+    A row for each shape, L and form; `ratio` is to the plain convolution of the same rounds.
+    """
+    rows = []
+    cases = [(shape, 4) for shape in SHAPES]
+    cases += [(shape, L) for shape in SWEPT for L in BRANCHES if L != 4]
+    for (c, out, size), L in cases:
+        candidates: dict[str, Callable] = plain(c, out, size)
+        candidates |= {form: block(c, out, size, L, form) for form in FORMS}
+        seconds = in_turn(candidates)
+        one = min(value for name, value in seconds.items() if name.startswith("plain"))
+        for form in FORMS:
+            rows.append(
+                {"in": c, "out": out, "map": size, "L": L, "form": form,
+                 "milliseconds": 1e3 * seconds[form], "plain": 1e3 * one,
+                 "ratio": seconds[form] / one}
+            )  # fmt: skip
+        ratios = ", ".join(f"{form} {seconds[form] / one:.2f}" for form in FORMS)
+        print(f"{c}→{out} at {size}×{size}, L = {L}: {ratios}", flush=True)
+    return pd.DataFrame(rows)
+
+
+def step_of(
+    batch: int,
+    form: str = "auto",
+    size: int = 32,
+    layout: str = LAST,
+    compiled: bool = False,
+    **settings: Any,
+) -> Callable[[], object]:
+    """A training step of the quick network on one batch of random images: loss, gradients, and the
+    optimisers' steps.
+
+    Args:
+        batch: images.
+        form: of every block.
+        size: height and width of the images in pixels.
+        layout: memory format of the network and its maps.
+        compiled: whether the network goes through torch.compile, all but the blocks' own functions.
+        settings: parameters that differ from the quick preset's.
+    """
+    chosen, layout = runs.Settings(**settings), getattr(torch, layout)
+    network = chosen.network().to(memory_format=layout).train()
+    for one in network.blocks:
+        one.form = form
+    x = torch.randn(batch, 3, size, size).contiguous(memory_format=layout)
+    network.fit_stem(x)
+    labels = torch.randint(10, (batch,))
+    optimizers = training.make_optimizers(network, chosen)
+    if compiled:
+        network = torch.compile(network)
+    return lambda: training.train_batch(network, x, labels, optimizers, chosen.label_smoothing)
+
+
+def bench_steps() -> pd.DataFrame:
+    """A training step of the quick network with L branches in each block, all 3×3, over L = 1."""
+    rows = []
+    for form in ("branches", "auto"):
+        candidates = {L: step_of(250, form, branches=L, kernel_size=3) for L in BRANCHES}
+        seconds = in_turn(candidates, rounds=3)
+        for L in BRANCHES:
+            rows.append(
+                {"form": form, "L": L, "milliseconds": 1e3 * seconds[L],
+                 "ratio": seconds[L] / seconds[1]}
+            )  # fmt: skip
+            print(f"step, {form}, L = {L}: {rows[-1]['ratio']:.2f}", flush=True)
+    return pd.DataFrame(rows)
+
+
+# Groups of operations in the order in which they are looked for in a name.
+GROUPS = {
+    "convolutions and their products": ("conv", "bmm", "baddbmm", "aten::mm", "addmm"),
+    "batch normalisation": ("batch_norm",),
+    "activations": ("silu",),
+    "pooling": ("pool",),
+    "copies between layouts": ("copy_", "contiguous", "clone"),
+}
+
+
+def bench_profile() -> pd.DataFrame:
+    """Where the time of a training step of the quick network goes: a row a group of operations."""
+    step = step_of(500)
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        for _ in range(3):
+            step()
+    spent = dict.fromkeys([*GROUPS, "everything else"], 0.0)
+    for event in profiled.key_averages():
+        found = (group for group, words in GROUPS.items() if any(w in event.key for w in words))
+        spent[next(found, "everything else")] += event.self_cpu_time_total
+    rows = pd.DataFrame({"what": spent.keys(), "share": spent.values()})
+    rows["share"] /= rows["share"].sum()
+    print(rows.to_string(index=False), flush=True)
+    return rows
+
+
+# What else a step could be: arguments of `step_of`, or what is done first in the process.
+TRIED: dict[str, dict[str, Any]] = {
+    "blocks as written": {"form": "branches"},
+    "weighted sum in one pass, nothing else": {"form": "fused"},
+    "mixed kernels in every block": {"form": "grouped"},
+    "contiguous maps": {"layout": "contiguous_format"},
+    "freed memory given back": {"keep": False},
+    "denormal numbers kept": {"flush": False},
+    "one thread": {"threads": 1},
+    "ReLU for SiLU": {"activation": "relu"},
+    "torch.compile": {"compiled": True},
+    "batches of 125": {"batch": 125},
+    "batches of 250": {"batch": 250},
+    "batches of 1,000": {"batch": 1000},
+    "images of 16×16": {"size": 16},
+    "images of 20×20": {"size": 20},
+    "images of 24×24": {"size": 24},
+    "images of 28×28": {"size": 28},
+}
+
+
+def bench_tried() -> pd.DataFrame:
+    """A training step of the quick network in other ways, over the step as it is.
+
+    Each is measured in a process of its own, between two that measure the step as it is; a
+    `ratio` below 1 is quicker for each image. `first` are the seconds of the first step.
+    """
+    rows, before = [], fresh_process(time_step, {})
+    for name, options in TRIED.items():
+        tried, after = fresh_process(time_step, options), fresh_process(time_step, {})
+        usual = (before["milliseconds"] + after["milliseconds"]) / 2
+        rows.append({"tried": name, **tried, "ratio": tried["milliseconds"] / usual})
+        print(f"{name}: {rows[-1]['ratio']:.2f}", flush=True)
+        before = after
+    return pd.DataFrame(rows)
+
+
+def time_step(
+    batch: int = 500,
+    keep: bool = True,
+    flush: bool = True,
+    threads: int = 0,
+    **options: Any,
+) -> dict[str, float]:
+    """The milliseconds of a step for each image, and the seconds of the first step.
+
+    Args:
+        keep, flush: `keep_freed_memory` and `set_flush_denormal`, as in a run, or not.
+        threads: 0 for as many as the machine has cores.
+        batch, options: of `step_of`.
+    """
+    torch.manual_seed(0)
+    torch.set_flush_denormal(flush)
+    if keep:
+        training.keep_freed_memory()
+    if threads:
+        torch.set_num_threads(threads)
+    step = step_of(batch, **options)
+    begin = time.perf_counter()
+    step()
+    first = time.perf_counter() - begin
+    seconds = in_turn({"step": step}, rounds=1, repeats=4)["step"]
+    return {"milliseconds": 1e3 * seconds / batch, "first": first}
+
+
+def fresh_process(measure: Callable, options: dict[str, Any]) -> Any:
+    """What `measure(**options)` returns in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, kwds=options)
+
+
+def peak(L: int, form: str) -> float:
+    """The largest memory of this process during one step, in MiB (Linux counts in KiB)."""
+    step_of(512, form, branches=L, kernel_size=3)()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def bench_memory() -> pd.DataFrame:
+    """Peak memory of a process that does one step at batch 512, a fresh process each."""
+    rows = []
+    for form in ("branches", "auto"):
+        for L in BRANCHES:
+            rows.append({"form": form, "L": L, "MiB": fresh_process(peak, {"L": L, "form": form})})
+            print(f"memory, {form}, L = {L}: {rows[-1]['MiB']:.0f} MiB", flush=True)
+    return pd.DataFrame(rows)
+
+
+MEASUREMENTS: dict[str, Callable[[], pd.DataFrame]] = {
+    "blocks": bench_blocks, "steps": bench_steps, "profile": bench_profile,
+    "tried": bench_tried, "memory": bench_memory,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure what blocks and training steps cost.")
+    parser.add_argument("tables", nargs="*", help=f"of {', '.join(MEASUREMENTS)}; default: all")
+    tables = parser.parse_args().tables or list(MEASUREMENTS)
+    if unknown := set(tables) - set(MEASUREMENTS):
+        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(MEASUREMENTS)}")
+    torch.manual_seed(0)
+    torch.set_flush_denormal(True)
+    training.keep_freed_memory()
+    runs.BENCHMARKS.mkdir(parents=True, exist_ok=True)
+    for name in tables:
+        MEASUREMENTS[name]().to_csv(
+            runs.BENCHMARKS / f"{name}.csv", index=False, float_format="%.4g"
+        )
+    runs.write_json(runs.BENCHMARKS / "machine.json", runs.surroundings(torch.device("cpu")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The benchmark measures what it says, and its record is whole."""
+
+import dataclasses
+import inspect
+import time
+
+import pytest
+import torch
+
+from helpers import bench, runs
+
+
+def test_candidates_take_turns_and_the_slow_one_is_found() -> None:
+    order = []
+
+    def wait(name: str, seconds: float) -> None:
+        order.append(name)
+        time.sleep(seconds)
+
+    candidates = {"quick": lambda: wait("quick", 0.0), "slow": lambda: wait("slow", 0.01)}
+    seconds = bench.in_turn(candidates, rounds=3, repeats=2)
+    assert seconds["slow"] >= 0.01 > seconds["quick"]
+    turns = [name for name, before in zip(order, ["", *order]) if name != before]
+    assert turns == ["quick", "slow"] * 3
+
+
+@pytest.mark.parametrize("form", ["branches", "auto"])
+def test_a_block_runs_forward_and_backward(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "BATCH", 2)
+    block = bench.IntermediateBlock(3, 4, 2, bias=False, form=form)
+    bench.there_and_back(block, 3, 4, bench.LAST)()
+    assert all(branch.weight.grad.abs().sum() > 0 for branch in block.branches)
+    assert block.fc.weight.grad is not None
+
+
+def test_a_step_changes_the_network() -> None:
+    torch.manual_seed(0)
+    step = bench.step_of(4, size=8)
+    losses = [step()[0] for _ in range(8)]
+    assert min(losses[-3:]) < losses[0]
+
+
+def test_every_way_that_is_tried_can_be_called() -> None:
+    known = (
+        inspect.signature(bench.time_step).parameters | inspect.signature(bench.step_of).parameters
+    )
+    fields = {field.name for field in dataclasses.fields(runs.Settings)}
+    for name, options in bench.TRIED.items():
+        assert set(options) <= set(known) | fields, name
+
+
+def test_the_record_holds_every_case() -> None:
+    blocks = runs.benchmark("blocks")
+    four = blocks[blocks["L"] == 4]
+    for shape in bench.SHAPES:
+        own = four[(four[["in", "out", "map"]] == shape).all(axis=1)]
+        assert sorted(own["form"]) == sorted(bench.FORMS), shape
+    steps = runs.benchmark("steps")
+    assert len(steps) == 2 * len(bench.BRANCHES)
+    assert (steps.loc[steps["L"] == 1, "ratio"] == 1).all()
+    assert len(runs.benchmark("memory")) == 2 * len(bench.BRANCHES)
+    assert list(runs.benchmark("tried")["tried"]) == list(bench.TRIED)
+    assert runs.benchmark("profile")["share"].sum() == pytest.approx(1, abs=0.01)
+
+
+def test_the_machine_is_named() -> None:
+    assert "2 threads" in runs.benchmark_machine()
+
+
+def test_auto_is_never_much_worse_than_the_best_form() -> None:
+    """The rule in `IntermediateBlock.parts` is right about the shapes that were measured."""
+    blocks = runs.benchmark("blocks")
+    for case, own in blocks.groupby(["in", "out", "map", "L"]):
+        ratio = own.set_index("form")["ratio"]
+        assert ratio["auto"] <= 1.3 * ratio.min(), case
