@@ -193,7 +193,8 @@ def test_accuracy_and_cost_of_everything_that_was_trained(
             "seed": seed, "finished": name, "hardware": {"device": "cpu"},
         }  # fmt: skip
         with runs.Record(settings, tiny_images) as record:
-            record.add_epoch({"epoch": 1, "seconds": 2.0, "images_per_second": 80.0}, [])
+            row = {"epoch": 1, "seconds": 2.0, "images_per_second": 80.0}
+            record.add_epoch(row, [{"epoch": 1, "batch": 1, "loss": 2.0}])
             record.finish(settings.network(), metrics)
     table = runs.by_cost(tiny_images.name).set_index("run")
     assert list(table.index) == ["other", "run"] and list(table["n"]) == [1, 2]
