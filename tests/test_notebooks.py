@@ -149,8 +149,8 @@ def test_stored_outputs_are_clean(name: str) -> None:
 
 @each_notebook
 def test_notebook_is_small(name: str) -> None:
-    most = {"01_data_exploration": 1_500_000, "02_model_definition": 650_000, "04_analysis": 750_000}
-    assert (NOTEBOOKS / f"{name}.ipynb").stat().st_size <= most.get(name, 500_000)
+    most = {"01_data_exploration": 1500, "02_model_definition": 650, "04_analysis": 750}
+    assert (NOTEBOOKS / f"{name}.ipynb").stat().st_size <= 1000 * most.get(name, 500)
 
 
 # ---- the three ways: JupyterLab's (nbval), the report's, papermill's
