@@ -28,7 +28,7 @@ from helpers import runs, training
 from helpers.model import FORMS, IntermediateBlock
 
 BATCH = 128
-# in and out channels, and the size of the map: those of `references.md`, and the quick network's.
+# in and out channels, and the size of the map: the quick network's, and wider ones.
 SHAPES = (
     (24, 32, 32), (64, 64, 32), (32, 32, 16), (64, 64, 16), (64, 128, 16), (32, 128, 16),
     (128, 128, 16), (64, 256, 16), (128, 128, 8), (128, 256, 8), (256, 256, 8), (128, 128, 4),

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
+IMAGE_SIZE = 32  # height and width in pixels
 SECONDS_TO_CONNECT = 10
 SPLIT_SEED = 0
 SHORTLIST = 48  # training images whose distance to a test image is worked out in full

@@ -14,6 +14,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch, Patch, Polygon
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from helpers.data import ROOT
@@ -433,10 +434,11 @@ def accuracy_by_cost(compared: pd.DataFrame, published: tuple[float, float, floa
     """
     drawn, panels = plt.subplots(1, 2, figsize=(1.6 * WIDTH, 4.2), sharey=True)
     for axes, column, other in zip(panels, ("minutes", "work"), published[1:]):
-        axes.errorbar(
-            compared[column], 100 * compared["accuracy"], 100 * compared["deviation"],
-            fmt="o", color=TEST, capsize=3, label="this project, two CPU cores",
-        )  # fmt: skip
+        for (device, own), colour in zip(compared.groupby("device"), (TEST, TRAINING)):
+            axes.errorbar(
+                own[column], 100 * own["accuracy"], 100 * own["deviation"], fmt="o", color=colour,
+                capsize=3, label=f"this project, {'a GPU' if device == 'cuda' else 'CPU'}",
+            )  # fmt: skip
         axes.plot(
             other, 100 * published[0], "*", color=REFERENCE, markersize=12,
             label="published answer, a GPU",
@@ -449,6 +451,9 @@ def accuracy_by_cost(compared: pd.DataFrame, published: tuple[float, float, floa
             name, (x, 100 * y), (7, -3), textcoords="offset points", fontsize=DIAGRAM_TEXT
         )
     panels[0].set(xlabel="minutes of training", ylabel="test accuracy in %")
+    panels[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[0].xaxis.set_major_formatter("{x:g}")
+    panels[0].xaxis.set_minor_formatter(NullFormatter())
     panels[1].set_xlabel("multiply-adds of the training")
     panels[1].legend(loc="lower right", fontsize=DIAGRAM_TEXT)
     for axes in panels:

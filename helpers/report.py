@@ -29,7 +29,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
-from helpers import data, model, runs
+from helpers import data, evaluation, model, runs
 from helpers.evaluation import mean_and_deviation
 
 NOTEBOOKS = data.ROOT / "notebooks"
@@ -437,8 +437,9 @@ def pdf_content(run: runs.Run) -> dict:
         "hyperparameters": [
             [name.replace("_", " "), str(run.config[name])]
             for name in (
-                "epochs", "batch_size", "learning_rate", "momentum", "adam_learning_rate",
-                "label_smoothing", "translate", "widths", "branches", "kernel_size",
+                "epochs", "first_sizes", "batch_size", "learning_rate", "momentum",
+                "adam_learning_rate", "label_smoothing", "translate", "widths", "branches",
+                "kernel_size",
             )
         ],
         "seeds": [
@@ -447,6 +448,13 @@ def pdf_content(run: runs.Run) -> dict:
                 f"{row['training_accuracy']:.2%}", f"{row['train_seconds'] / 60:.1f}",
             ]
             for _, row in seeds.iterrows()
+        ],
+        "history": [
+            [
+                row.run, str(row.n), f"{row.accuracy:.2%}", f"{row.minutes:.1f}",
+                f"{evaluation.PUBLISHED_WORK / row.work:,.0f}",
+            ]
+            for row in runs.by_cost(run.metrics["dataset"]).sort_values("accuracy").itertuples()
         ],
         "choices": [
             [tried.name, differences(tried, first) or "–", percent(tried, "validation_accuracy")]

@@ -22,7 +22,7 @@ import torchvision
 from filelock import FileLock, Timeout
 from torch import nn
 
-from helpers.data import ROOT, ImageData, ImageSet, split
+from helpers.data import IMAGE_SIZE, ROOT, ImageData, ImageSet, split
 from helpers.model import ACTIVATIONS, GATES, BlockNetwork, layer_table
 
 RUNS = ROOT / "notebooks" / "runs"
@@ -114,7 +114,8 @@ class Settings:
     """Every parameter that a notebook takes; the defaults are the quick preset's.
 
     Raises:
-        ParameterError: at construction, if a value has the wrong type or is out of range.
+        ParameterError: at construction, if a value has the wrong type or is out of range, or if
+            several do not fit together.
     """
 
     preset: str = text("quick", empty=False)  # the name of the parameter file
@@ -136,11 +137,12 @@ class Settings:
     pool_after: list[int] = wholes([1, 3, 5], 1)
     activation: str = choice("silu", tuple(ACTIVATIONS))
     # the training
-    epochs: int = whole(5, 1, 10_000)
+    epochs: int = whole(6, 1, 10_000)
+    first_sizes: list[int] = wholes([16, 16], 8, IMAGE_SIZE)  # of images in the first epochs
     batch_size: int = whole(500, 1, 50_000)
-    learning_rate: float = real(0.24, 0.0, 100.0)  # Muon, on the branches' kernels
-    momentum: float = real(0.6, 0.0, 0.999)  # of Muon
-    adam_learning_rate: float = real(0.01, 0.0, 10.0)  # Adam, on everything else
+    learning_rate: float = real(0.12, 0.0, 100.0)  # Muon, on the branches' kernels
+    momentum: float = real(0.85, 0.0, 0.999)  # of Muon
+    adam_learning_rate: float = real(0.02, 0.0, 10.0)  # Adam, on everything else
     label_smoothing: float = real(0.1, 0.0, 0.999)
     translate: int = whole(2, 0, 31)
     flip: bool = flag(True)
@@ -151,11 +153,31 @@ class Settings:
             allowed = field.metadata["fault"](value)
             if allowed:
                 raise ParameterError(f"Parameter {field.name} = {value!r}: it must be {allowed}.")
-        try:
-            with torch.device("meta"):  # shapes only: what fits is known before any image is read
-                self.network()
-        except ValueError as error:
-            raise ParameterError(f"The network's parameters do not fit together: {error}") from None
+        if len(self.first_sizes) >= self.epochs:
+            raise ParameterError(
+                f"Parameter first_sizes = {self.first_sizes!r}: it must have fewer sizes than the "
+                f"run has epochs ({self.epochs}), since the last epoch sees whole images."
+            )
+        with torch.device("meta"):  # shapes only: what fits is known before any image is read
+            try:
+                network = self.network()
+            except ValueError as error:
+                raise ParameterError(
+                    f"The network's parameters do not fit together: {error}"
+                ) from None
+            for size in (IMAGE_SIZE, *self.first_sizes):
+                try:
+                    network(torch.zeros(2, 3, size, size))
+                except RuntimeError:
+                    raise ParameterError(
+                        f"Of images of {size}×{size} pixels this network leaves no map: use fewer "
+                        "numbers in pool_after, smaller strides or larger first_sizes."
+                    ) from None
+
+    def image_size(self, epoch: int) -> int:
+        """Height and width in pixels of the training images in an epoch, counted from 1."""
+        small = epoch <= len(self.first_sizes)
+        return self.first_sizes[epoch - 1] if small else IMAGE_SIZE
 
     def network(self) -> nn.Module:
         """The network of these parameters, freshly initialised."""
@@ -562,13 +584,18 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def seeds_of(run: Run) -> pd.DataFrame:
+def seeds_of(run: Run, device: str | None = None) -> pd.DataFrame:
     """The metrics of all finished runs like this one, a row a seed.
 
     Like it are those with the same settings on the same data, but for seed, device and name. Of
     several with one seed the latest counts.
+
+    Args:
+        device: `"cpu"` or `"cuda"`, to leave out what was trained elsewhere; None for all.
     """
     alike = [other for other in map(read, names()) if what_counts(other) == what_counts(run)]
+    if device is not None:
+        alike = [other for other in alike if other.metrics["hardware"]["device"] == device]
     alike.sort(key=lambda other: (other.metrics["seed"], other.metrics["finished"]))
     rows = pd.DataFrame([{"run": other.name} | other.metrics for other in alike])
     return rows.drop_duplicates("seed", keep="last").reset_index(drop=True)
@@ -586,32 +613,34 @@ def by_cost(dataset: str = "cifar10") -> pd.DataFrame:
     Columns: `run` (without its seed), `n` seeds, mean test `accuracy` and its standard `deviation`
     (fractions of one), mean `minutes` of training, the `device`, and `work`, the multiply-adds of a
     whole training: those of each image forward, as the formula is written, and as many again for
-    each of the two gradients. Sorted by minutes.
+    each of the two gradients. Sorted by minutes. Runs on different devices are rows of their own.
     """
+    columns = ["run", "n", "accuracy", "deviation", "minutes", "device", "work"]
     rows, known = [], []
     for run in map(read, names()):
-        config = run.config
+        config, device = run.config, run.metrics["hardware"]["device"]
         if config["dataset"] != dataset or config["validation"] or config["train_images"]:
             continue
-        if what_counts(run) in known:
+        if (what_counts(run), device) in known:
             continue
-        known.append(what_counts(run))
-        seeds = seeds_of(run)
+        known.append((what_counts(run), device))
+        seeds = seeds_of(run, device)
         accuracy, minutes = seeds["test_accuracy"], seeds["train_seconds"] / 60
-        rows.append(
-            {"run": re.sub(r"-seed\d+(-\d+)?$", "", run.name), "n": len(seeds),
-             "accuracy": accuracy.mean(), "deviation": accuracy.std(), "minutes": minutes.mean(),
-             "device": run.metrics["hardware"]["device"], "work": training_work(run)}
-        )  # fmt: skip
-    return pd.DataFrame(rows).sort_values("minutes", ignore_index=True)
+        name = re.sub(r"-seed\d+(-\d+)?$", "", run.name)
+        row = name, len(seeds), accuracy.mean(), accuracy.std(), minutes.mean(), device
+        rows.append((*row, training_work(run)))
+    return pd.DataFrame(rows, columns=columns).sort_values("minutes", ignore_index=True)
 
 
 def training_work(run: Run) -> float:
     """The multiply-adds of a whole training, forward and backward, as the formula is written."""
-    with torch.device("meta"):
-        image = layer_table(settings_of(run).network())["multiply-adds as written"].sum()
-    images = (run.history["images_per_second"] * run.history["seconds"]).sum()
-    return 3.0 * float(image) * float(images)
+    settings, work = settings_of(run), 0.0
+    images = run.history["images_per_second"] * run.history["seconds"]
+    for epoch, seen in zip(run.history["epoch"], images):
+        with torch.device("meta"):
+            layers = layer_table(settings.network(), settings.image_size(epoch))
+        work += 3.0 * float(layers["multiply-adds as written"].sum()) * seen
+    return work
 
 
 def benchmark(table: str) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from helpers import evaluation
-from helpers.augment import Augmentation
+from helpers.augment import Augmentation, shrink
 from helpers.data import ImageData, ImageSet, normalise, set_epoch, training_loader
 from helpers.runs import Record, Run, Settings, pick_device, surroundings, training_parts
 
@@ -196,11 +196,12 @@ def train_epoch(
     underway.network.train()
     count, begin = len(underway.loader), time.perf_counter() - underway.seconds
     saved = time.perf_counter()
+    size = settings.image_size(underway.epoch)
     for x, labels in underway.batches():
         done = (underway.epoch - 1) * count + underway.batch
         factor = set_learning_rate(underway.optimizers, done, settings.epochs * count)
         loss, hits = train_batch(
-            underway.network, x, labels, underway.optimizers, settings.label_smoothing
+            underway.network, shrink(x, size), labels, underway.optimizers, settings.label_smoothing
         )
         underway.batch += 1
         rate = factor * settings.learning_rate
@@ -275,7 +276,7 @@ def train_and_record(
             raise
         row |= measure(underway.network, test, validation, training)
         record.add_epoch(row, underway.rows)
-        record.say(progress(row, settings.epochs, sum(row["seconds"] for row in record.epochs)))
+        record.say(progress(row, settings, sum(row["seconds"] for row in record.epochs)))
         underway.begin_epoch(underway.epoch + 1)
         record.save(underway.state())
     return underway.network
@@ -324,11 +325,14 @@ def measure(
     }
 
 
-def progress(row: dict[str, float], epochs: int, elapsed: float) -> str:
-    """The line of an epoch: loss, accuracies, seconds, time left."""
-    left = elapsed / row["epoch"] * (epochs - row["epoch"])
+def progress(row: dict[str, float], settings: Settings, elapsed: float) -> str:
+    """The line of an epoch: size of the images, loss, accuracies, seconds, time left."""
+    sizes = [settings.image_size(epoch) for epoch in range(1, settings.epochs + 1)]
+    work = [size**2 for size in sizes]  # the time of an epoch is roughly in proportion
+    left = elapsed * sum(work[row["epoch"] :]) / sum(work[: row["epoch"]])
+    size = sizes[row["epoch"] - 1]
     line = (
-        f"epoch {row['epoch']:>3}/{epochs}  loss {row['loss']:.3f}  "
+        f"epoch {row['epoch']:>3}/{settings.epochs}  {size}×{size}  loss {row['loss']:.3f}  "
         f"training (running) {row['training_accuracy_running']:.2%}  "
         f"test {row['test_accuracy']:.2%}  "
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.augment import Augmentation, mirror, shift
+from helpers.augment import Augmentation, mirror, shift, shrink
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -29,6 +29,14 @@ def test_shift_moves_by_whole_pixels_with_reflection(reach: int, dtype: torch.dt
         expected = padded[:, reach - d : reach - d + 32, reach - r : reach - r + 32]
         assert np.array_equal(result.numpy(), expected)
     assert moved.dtype == dtype
+
+
+def test_shrink_takes_the_mean_of_what_a_pixel_covers() -> None:
+    images = torch.randn(2, 3, 32, 32, generator=seeded())
+    blocks = images.view(2, 3, 16, 2, 16, 2).mean(dim=(3, 5))
+    torch.testing.assert_close(shrink(images, 16), blocks)
+    assert shrink(images, 24).shape == (2, 3, 24, 24)
+    assert shrink(images, 32) is images
 
 
 def test_shift_goes_down_and_right() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 import time
 
 import pytest
@@ -53,7 +54,7 @@ def test_the_record_holds_every_case() -> None:
     blocks = runs.benchmark("blocks")
     four = blocks[blocks["L"] == 4]
     for shape in bench.SHAPES:
-        own = four[(four[["in", "out", "map"]] == shape).all(axis=1)]
+        own = four[(four[["in", "out", "map"]] == list(shape)).all(axis=1)]
         assert sorted(own["form"]) == sorted(bench.FORMS), shape
     steps = runs.benchmark("steps")
     assert len(steps) == 2 * len(bench.BRANCHES)
@@ -64,7 +65,7 @@ def test_the_record_holds_every_case() -> None:
 
 
 def test_the_machine_is_named() -> None:
-    assert "2 threads" in runs.benchmark_machine()
+    assert re.search(r"\d+ threads", runs.benchmark_machine())
 
 
 def test_auto_is_never_much_worse_than_the_best_form() -> None:

@@ -20,7 +20,7 @@ from helpers import data, runs, training
 from helpers.runs import RunError, Settings
 
 # The quick network itself, on few images: 160 of them make five batches.
-QUICK = Settings(epochs=2, batch_size=32, device="cpu", run="stopped")
+QUICK = Settings(epochs=2, first_sizes=[16], batch_size=32, device="cpu", run="stopped")
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,7 @@ from conftest import small_images
 from helpers import runs, training
 runs.RUNS = pathlib.Path(sys.argv[2])
 training.SECONDS_BETWEEN_CHECKPOINTS = 0
-settings = runs.Settings(epochs=2, batch_size=32, device="cpu", run="stopped")
+settings = runs.Settings(epochs=2, first_sizes=[16], batch_size=32, device="cpu", run="stopped")
 torch.set_num_threads(int(sys.argv[3]))
 training.train(small_images(), settings)
 """

@@ -50,6 +50,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("gate", "tanh", "linear, softmax, sigmoid"),
         ("activation", None, "none, relu"),
         ("flip", "yes", "true or false"),
+        ("first_sizes", [4], "from 8 to 32"),
+        ("first_sizes", [16] * 10_000, "fewer sizes than the run has epochs"),
+        ("pool_after", [1, 2, 3, 4, 5, 6], "leaves no map"),
         ("run", "../elsewhere", "letters"),
         ("preset", "", "letters"),
         ("translate", 32, "31"),
@@ -75,7 +78,7 @@ def test_a_name_that_papermill_injects_and_nobody_knows_is_refused() -> None:
 
 
 def test_presets_are_complete_and_pass_the_checks() -> None:
-    assert {path.stem for path in PRESETS} == {"smoke", "quick", "full"}
+    assert {path.stem for path in PRESETS} == {"smoke", "eight-minutes", "quick", "full"}
     for path in PRESETS:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         settings = Settings(**values)
@@ -182,27 +185,36 @@ def test_training_parts_hold_out_what_is_asked(tiny_images: data.ImageData) -> N
 def test_accuracy_and_cost_of_everything_that_was_trained(
     folder: Path, tiny_images: data.ImageData
 ) -> None:
-    rows = {"run-seed0": (0, 0.5), "run-seed1": (1, 0.7), "other-seed0": (0, 0.4)}
-    for name, (seed, accuracy) in rows.items():
+    rows = {
+        "run-seed0": (0, 0.5, "cpu"), "run-seed1": (1, 0.7, "cpu"), "other-seed0": (0, 0.4, "cpu"),
+        "run-there-seed0": (0, 0.9, "cuda"),
+    }  # fmt: skip
+    for name, (seed, accuracy, device) in rows.items():
         widths = [2] if name.startswith("other") else [3]
         settings = Settings(
-            run=name, seed=seed, widths=widths, stem_filters=0, pool_after=[], kernel_size=1
-        )
+            run=name, seed=seed, widths=widths, stem_filters=0, pool_after=[], kernel_size=1,
+            epochs=2, first_sizes=[16],
+        )  # fmt: skip
         metrics = {
             "dataset": tiny_images.name, "test_accuracy": accuracy, "train_seconds": 60 * widths[0],
-            "seed": seed, "finished": name, "hardware": {"device": "cpu"},
+            "seed": seed, "finished": name, "hardware": {"device": device},
         }  # fmt: skip
         with runs.Record(settings, tiny_images) as record:
-            row = {"epoch": 1, "seconds": 2.0, "images_per_second": 80.0}
-            record.add_epoch(row, [{"epoch": 1, "batch": 1, "loss": 2.0}])
+            for epoch in (1, 2):
+                row = {"epoch": epoch, "seconds": 2.0, "images_per_second": 80.0}
+                record.add_epoch(row, [{"epoch": epoch, "batch": 1, "loss": 2.0}])
             record.finish(settings.network(), metrics)
-    table = runs.by_cost(tiny_images.name).set_index("run")
+    assert runs.by_cost("data without a run").empty
+    table = runs.by_cost(tiny_images.name).set_index("device")
+    assert table.loc["cuda", ["run", "n", "accuracy"]].tolist() == ["run-there", 1, 0.9]
+    table = table.loc["cpu"].set_index("run")
     assert list(table.index) == ["other", "run"] and list(table["n"]) == [1, 2]
     assert table.loc["run", "accuracy"] == pytest.approx(0.6)
     assert table.loc["run", "deviation"] == pytest.approx(0.02**0.5)
     assert list(table["minutes"]) == [2, 3]
-    block = 2 * 3 * 3 * 1024 + 3 * 2 + 2 * 3 * 1024  # two 1×1 convolutions, fc, weighted sum
-    assert table.loc["run", "work"] == 3 * 160 * (block + 3 * 10)
+    both = 256 + 1024  # positions in an image of 16×16, as in the first epoch, and in a whole one
+    blocks = 2 * 3 * 3 * both + 2 * 3 * 2 + 2 * 3 * both  # two 1×1 convolutions, fc, weighted sum
+    assert table.loc["run", "work"] == 3 * 160 * (blocks + 2 * 3 * 10)
 
 
 def test_committed_records_say_what_they_must() -> None:
@@ -236,11 +248,18 @@ def test_the_readme_states_what_the_records_say() -> None:
     for run in choices:
         validation = 100 * run.metrics["validation_accuracy"]
         assert re.search(rf"\| `{run.name}` \|.*\| {validation:.2f} \|", readme), run.name
-    for name in ("four-blocks-seed0", "five-blocks-seed0", "four-epochs-seed1"):
-        accuracy = 100 * runs.read(name).metrics["test_accuracy"]
-        assert re.search(rf"{accuracy:.2f} % \(`{name}`\)", readme), name
-    four_epochs = runs.read("four-epochs-seed1").metrics["train_seconds"] / 60
-    assert f"(`four-epochs-seed1`), in {four_epochs:.1f} minutes" in readme
+    eight = runs.seeds_of(runs.read("eight-minutes-seed0"))
+    accuracy, minutes = 100 * eight["test_accuracy"], eight["train_seconds"] / 60
+    stated = (
+        f"it is {mean_and_deviation(accuracy, 2)} % after {mean_and_deviation(minutes, 1)} minutes"
+    )
+    assert f"{stated} (n = {len(eight)})" in " ".join(readme.split())
+    for row in runs.by_cost().itertuples():
+        first = next(name for name in runs.names() if name.startswith(f"{row.run}-seed"))
+        alike = runs.seeds_of(runs.read(first))
+        accuracy = mean_and_deviation(100 * alike["test_accuracy"], 2)
+        minutes = mean_and_deviation(alike["train_seconds"] / 60, 1)
+        assert f"| `{row.run}` | {row.n} | {accuracy} | {minutes} |" in readme, row.run
     for name in (
         "choice-early-deeper-slower",
         "choice-three-long-epochs",

@@ -18,6 +18,7 @@ SMALL = Settings(
     stem_filters=12,
     branches=2,
     epochs=3,
+    first_sizes=[],
     batch_size=32,
     device="cpu",
 )
@@ -157,6 +158,23 @@ def test_the_schedule_ends_where_the_run_ends(tiny_images: data.ImageData) -> No
     assert rates.iloc[-1] == pytest.approx(SMALL.learning_rate / len(rates))
     assert rates.is_monotonic_decreasing
     assert rates.diff().dropna().std() < 1e-9  # a straight line
+
+
+def test_the_first_epochs_see_small_images_and_the_others_whole_ones(
+    tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, sizes = training.train_batch, []
+
+    def note_the_size(network: torch.nn.Module, x: torch.Tensor, *arguments: object) -> tuple:
+        sizes.append(tuple(x.shape[2:]))
+        return step(network, x, *arguments)
+
+    monkeypatch.setattr(training, "train_batch", note_the_size)
+    lines: list[str] = []
+    settings = dataclasses.replace(SMALL, first_sizes=[16, 24])
+    training.train(tiny_images, settings, report=lines.append)
+    assert sizes == [(16, 16)] * 5 + [(24, 24)] * 5 + [(32, 32)] * 5
+    assert ["×".join([size] * 2) in line for size, line in zip(("16", "24", "32"), lines)]
 
 
 def test_orthogonal_steps_have_singular_values_near_one() -> None:
