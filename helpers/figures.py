@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from helpers.data import ROOT
-from helpers.evaluation import Calibration
+from helpers.evaluation import Calibration, interval
 from helpers.model import BlockNetwork, layer_table
 
 COLOURS = sns.color_palette("colorblind")
@@ -462,14 +462,23 @@ def accuracy_by_cost(compared: pd.DataFrame, published: tuple[float, float, floa
 
 
 @figure
-def accuracy_by_epoch(history: pd.DataFrame, published: float | None = None) -> Figure:
+def accuracy_by_epoch(
+    history: pd.DataFrame, published: float | None = None, first_sizes: Sequence[int] = ()
+) -> Figure:
     """Training, test and (where there is one) validation accuracy after each epoch.
 
     Args:
         history: a run's `history`, accuracies as fractions of one.
         published: an accuracy to draw as a line for comparison, or None.
+        first_sizes: of the images in the first epochs, in pixels; those epochs are shaded.
     """
     drawn, axes = plt.subplots()
+    for epoch, size in enumerate(first_sizes, start=1):
+        axes.axvspan(epoch - 0.5, epoch + 0.5, color="0.93", linewidth=0)
+        axes.annotate(
+            f"learnt from\n{size}×{size}", (epoch, 0.77), xycoords=("data", "axes fraction"),
+            ha="center", va="top", color=REFERENCE, fontsize=9,
+        )  # fmt: skip
     for column, name, colour, style in (
         ("training_accuracy_running", "training, while learning", TRAINING, "o-"),
         ("training_accuracy", "training, clean images", TRAINING, "D--"),
@@ -482,8 +491,9 @@ def accuracy_by_epoch(history: pd.DataFrame, published: float | None = None) -> 
     if published is not None:
         axes.axhline(100 * published, color=REFERENCE, linestyle="--", linewidth=1)
         axes.annotate(
-            f"published {100 * published:.2f}%", (1, 100 * published), (0, 4),
-            textcoords="offset points", color=REFERENCE, fontsize=9,
+            f"published {100 * published:.2f}%", (0.02, 100 * published), (0, -4),
+            xycoords=("axes fraction", "data"), textcoords="offset points", va="top",
+            color=REFERENCE, fontsize=9,
         )  # fmt: skip
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes.set(xlabel="epoch", ylabel="accuracy in %")
@@ -557,7 +567,14 @@ def reliability(measured: Calibration) -> Figure:
         2, 1, figsize=(WIDTH, 4.6), sharex=True, height_ratios=(3, 1)
     )
     upper.plot([0, 100], [0, 100], color=REFERENCE, linestyle="--", label="perfectly calibrated")
-    upper.plot(100 * measured.confidence, 100 * measured.accuracy, "o-", color=TEST, label="test")
+    low, high = np.transpose(
+        [interval(round(n * share), n) for n, share in zip(measured.count, measured.accuracy)]
+    )
+    upper.errorbar(
+        100 * measured.confidence, 100 * measured.accuracy,
+        100 * np.stack([measured.accuracy - low, high - measured.accuracy]).clip(0),
+        fmt="o-", color=TEST, capsize=2, label="test, with 95% intervals",
+    )  # fmt: skip
     upper.set(ylabel="right answers in %")
     upper.legend()
     lower.bar(100 * measured.confidence, measured.count, width=4, color=TEST)

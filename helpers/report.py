@@ -478,7 +478,7 @@ def percent(run: runs.Run, accuracy: str) -> str:
 
 def differences(run: runs.Run, first: runs.Run) -> str:
     """The parameters in which two runs differ, with the values of the first named."""
-    own = {key: value for key, value in run.config.items() if key != "run"}
+    own = {key: value for key, value in run.config.items() if key not in ("run", "version")}
     changed = [f"{key} = {value}" for key, value in own.items() if value != first.config.get(key)]
     return ", ".join(changed)
 

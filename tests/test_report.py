@@ -26,7 +26,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project with four small notebooks and one preset, in which the report works."""
     notebooks = tmp_path / "notebooks"
     (notebooks / "parameters").mkdir(parents=True)
-    (notebooks / "parameters" / "small.yaml").write_text("preset: small\nepochs: 2\n")
+    (notebooks / "parameters" / "small.yaml").write_text("preset: small\nepochs: 3\n")
     for name in report.SEQUENCE:
         nbformat.write(notebook_of("print(seed)"), notebooks / f"{name}.ipynb")
     monkeypatch.setattr(data, "ROOT", tmp_path)
