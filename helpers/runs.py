@@ -165,7 +165,7 @@ class Settings:
                 raise ParameterError(
                     f"The network's parameters do not fit together: {error}"
                 ) from None
-            for size in (IMAGE_SIZE, *self.first_sizes):
+            for size in {IMAGE_SIZE, *self.first_sizes}:
                 try:
                     network(torch.zeros(2, 3, size, size))
                 except RuntimeError:
@@ -634,11 +634,12 @@ def by_cost(dataset: str = "cifar10") -> pd.DataFrame:
 
 def training_work(run: Run) -> float:
     """The multiply-adds of a whole training, forward and backward, as the formula is written."""
-    settings, work = settings_of(run), 0.0
+    settings = settings_of(run)
     images = run.history["images_per_second"] * run.history["seconds"]
-    for epoch, seen in zip(run.history["epoch"], images):
+    work = 0.0
+    for size, seen in images.groupby(run.history["epoch"].map(settings.image_size)).sum().items():
         with torch.device("meta"):
-            layers = layer_table(settings.network(), settings.image_size(epoch))
+            layers = layer_table(settings.network(), size)
         work += 3.0 * float(layers["multiply-adds as written"].sum()) * seen
     return work
 
