@@ -139,10 +139,10 @@ class Settings:
     # the training
     epochs: int = whole(6, 1, 10_000)
     first_sizes: list[int] = wholes([16, 16], 8, IMAGE_SIZE)  # of images in the first epochs
-    batch_size: int = whole(500, 1, 50_000)
-    learning_rate: float = real(0.12, 0.0, 100.0)  # Muon, on the branches' kernels
+    batch_size: int = whole(250, 1, 50_000)
+    learning_rate: float = real(0.07, 0.0, 100.0)  # Muon, on the branches' kernels
     momentum: float = real(0.85, 0.0, 0.999)  # of Muon
-    adam_learning_rate: float = real(0.02, 0.0, 10.0)  # Adam, on everything else
+    adam_learning_rate: float = real(0.014, 0.0, 10.0)  # Adam, on everything else
     label_smoothing: float = real(0.1, 0.0, 0.999)
     translate: int = whole(2, 0, 31)
     flip: bool = flag(True)
