@@ -138,7 +138,7 @@ class Settings:
     activation: str = choice("silu", tuple(ACTIVATIONS))
     # the training
     epochs: int = whole(6, 1, 10_000)
-    first_sizes: list[int] = wholes([16, 16, 24], 8, IMAGE_SIZE)  # of images in the first epochs
+    first_sizes: list[int] = wholes([16, 16], 8, IMAGE_SIZE)  # of images in the first epochs
     batch_size: int = whole(250, 1, 50_000)
     learning_rate: float = real(0.07, 0.0, 100.0)  # Muon, on the branches' kernels
     momentum: float = real(0.85, 0.0, 0.999)  # of Muon
