@@ -9,7 +9,7 @@ BIN := .venv/bin
 # Touched when everything in requirements.txt is installed; newer requirements install again.
 READY := .venv/.ready
 
-.PHONY: help report test lab publish bench
+.PHONY: help report test lab publish bench soak
 
 help:  ## this list
 	@echo "make <target>, where <target> is one of"
@@ -28,6 +28,9 @@ lab: $(READY)  ## open the notebooks in JupyterLab
 
 bench: $(READY)  ## measure blocks and steps on an idle machine: about half an hour
 	@$(BIN)/python -m helpers.bench
+
+soak: $(READY)  ## kill a run a hundred times: are its bits those of an undisturbed one?
+	@$(BIN)/python tests/soak.py
 
 publish: $(READY)  ## execute the notebooks and store their outputs in them: ONLY="01 02" for some
 	@$(BIN)/python -m helpers.report --publish $(if $(ONLY),--only $(ONLY))

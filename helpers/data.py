@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import math
 import os
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 from torchvision.datasets import CIFAR10
@@ -158,7 +160,7 @@ def fetch(folder: Path) -> None:
     """Put CIFAR-10's files into `folder`, from its archive there or else from the network.
 
     They are unpacked beside their place and moved once they are whole, so that an interrupted
-    download leaves nothing behind.
+    download leaves nothing behind. Of several processes one does it, and the others wait.
 
     Raises:
         OSError, RuntimeError, HTTPException: the network or the folder does not allow it.
@@ -168,16 +170,38 @@ def fetch(folder: Path) -> None:
     archived = is_verified(archive, CIFAR10.tgz_md5)
     if not archived:
         check_connection(SECONDS_TO_CONNECT)
-        print(f"Downloading CIFAR-10 (170 MB) into {shown(folder)} …", flush=True)
-    destination = folder / CIFAR10.base_folder
-    destination.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as work, quiet(), stalls_noticed():
-        if archived:
-            extract_archive(archive, work)
-        else:
-            CIFAR10(work, download=True)
-        for file in (Path(work) / CIFAR10.base_folder).iterdir():
-            file.replace(destination / file.name)
+    with one_at_a_time(folder):
+        if not missing_files(folder):  # another process has just put them there
+            return
+        if not archived:
+            print(f"Downloading CIFAR-10 (170 MB) into {shown(folder)} …", flush=True)
+        destination = folder / CIFAR10.base_folder
+        destination.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as work, quiet(), stalls_noticed():
+            if archived:
+                extract_archive(archive, work)
+            else:
+                CIFAR10(work, download=True)
+            for file in (Path(work) / CIFAR10.base_folder).iterdir():
+                file.replace(destination / file.name)
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let processes that fetch into one folder wait for each other."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    lock = FileLock(folder / ".download.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Another process is putting CIFAR-10 into {shown(folder)}; waiting.", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def check_connection(seconds: float) -> None:

@@ -59,10 +59,17 @@ def read_preset(name: str) -> dict:
     if name not in presets():
         raise ReportError(f"There is no preset {name!r}; choose from {', '.join(presets())}.")
     path = NOTEBOOKS / "parameters" / f"{name}.yaml"
-    parameters = yaml.safe_load(path.read_text(encoding="utf-8"))
     try:
-        runs.Settings(**parameters)
-    except (TypeError, runs.ParameterError) as error:  # TypeError: a name that is not known
+        parameters = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise ReportError(f"{shown(path)} is no YAML{line}; write lines like epochs: 6.") from None
+    if not isinstance(parameters, dict):
+        raise ReportError(f"{shown(path)} holds no parameters; write lines like epochs: 6.")
+    try:
+        runs.settings_from(parameters)
+    except runs.ParameterError as error:
         raise ReportError(f"{shown(path)} cannot be used: {error}") from None
     return parameters
 

@@ -57,7 +57,7 @@ def real(default: float, low: float, high: float = math.inf) -> Any:
 
     def fault(value: object) -> str | None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        right = number and math.isfinite(value) and low <= value <= high
+        right = number and low <= value <= high and math.isfinite(value)
         return None if right else f"a number {span(low, high)}, in YAML with a point (1.0e-3)"
 
     return dataclasses.field(default=default, metadata={"fault": fault})
@@ -199,11 +199,25 @@ def check_parameters(namespace: dict[str, Any]) -> Settings:
     Raises:
         ParameterError: naming the parameter.
     """
+    declared = [field.name for field in dataclasses.fields(Settings) if field.name in namespace]
+    given = dict.fromkeys([*declared, *injected_names(namespace.get("In", []))])
+    return settings_from({name: namespace[name] for name in given})
+
+
+def settings_from(given: dict[str, Any]) -> Settings:
+    """The settings of named values, for this machine.
+
+    Raises:
+        ParameterError: a name that is not known, a value that cannot be used, or a device that
+            this machine does not have.
+    """
     known = [field.name for field in dataclasses.fields(Settings)]
-    for name in injected_names(namespace.get("In", [])):
+    for name in given:
         if name not in known:
             raise ParameterError(f"Parameter {name} is not known; known are: {', '.join(known)}.")
-    return Settings(**{name: namespace[name] for name in known if name in namespace})
+    settings = Settings(**given)
+    pick_device(settings.device)
+    return settings
 
 
 def injected_names(cells: list[str]) -> list[str]:

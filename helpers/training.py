@@ -167,6 +167,7 @@ class Underway:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "drawn": self.drawn,
             "mirrored_first": self.augmentation.mirrored_first,
+            "threads": torch.get_num_threads(),
         } | {name: getattr(self, name) for name in self.POSITION}
 
     POSITION = ("epoch", "batch", "rows", "loss_sum", "right", "seen", "seconds")
@@ -235,8 +236,9 @@ def train(
 
     The seed decides the network's first weights, the order of the images and their augmentation;
     measuring draws no random number, so it does not change the training. A run that was stopped
-    is continued from its last checkpoint, at most a minute old, and gives on the same machine the
-    same bits as one that was not.
+    is continued from its last checkpoint, at most a minute old, and gives on the same machine with
+    as many threads the same bits as one that was not. Another number of threads sums in another
+    order: the draws are the same, the numbers differ by rounding.
 
     Args:
         report: called with a line of text for each epoch, and if something is unusual.
@@ -268,6 +270,11 @@ def train_and_record(
             f"run {record.name} goes on after batch {underway.batch} of {len(underway.loader)} "
             f"in epoch {underway.epoch}"
         )
+        if state["threads"] != (threads := torch.get_num_threads()):
+            record.say(
+                f"it was begun with {state['threads']} threads and now has {threads}, so that it "
+                "will differ by rounding from one that was not stopped"
+            )
     while underway.epoch <= settings.epochs:
         try:
             row = train_epoch(underway, settings, lambda: record.save(underway.state()))

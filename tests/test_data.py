@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,6 +161,42 @@ def test_absent_files_are_downloaded(
     assert os.listdir(miniature.root) == [CIFAR10.base_folder]  # no archive, no leftovers
     assert sorted(os.listdir(miniature.root / CIFAR10.base_folder)) == sorted(miniature.names)
     assert socket.getdefaulttimeout() == timeout
+
+
+def test_of_two_processes_one_downloads_and_the_other_waits(
+    miniature: SimpleNamespace,
+    server: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    begun, waits, downloads = threading.Event(), threading.Event(), []
+    download = data.stalls_noticed
+
+    def slowly() -> AbstractContextManager:
+        downloads.append(1)
+        begun.set()
+        assert waits.wait(30)
+        return download()
+
+    monkeypatch.setattr(data, "stalls_noticed", slowly)
+    acquire = data.FileLock.acquire
+
+    def noticed(lock: data.FileLock, *arguments: object, **options: object) -> object:
+        if not options:  # the second process has found the lock taken
+            waits.set()
+        return acquire(lock, *arguments, **options)
+
+    monkeypatch.setattr(data.FileLock, "acquire", noticed)
+    names: list[str] = []
+    first = threading.Thread(target=lambda: names.append(data.load_data().name))
+    first.start()
+    assert begun.wait(30)
+    names.append(data.load_data().name)
+    first.join()
+    assert names == ["cifar10", "cifar10"] and len(downloads) == 1
+    said = capsys.readouterr().out
+    assert "Another process is putting CIFAR-10 into $CIFAR10_ROOT; waiting." in said
+    assert os.listdir(miniature.root) == [CIFAR10.base_folder]
 
 
 def test_an_archive_put_there_by_hand_is_used_without_a_network(

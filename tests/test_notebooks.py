@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import nbformat
@@ -234,17 +234,30 @@ def papermill(notebook: Path, folder: Path, *options: str) -> list[str]:
     return ["-m", "papermill", str(notebook), str(target), *given]
 
 
-def test_papermill_from_another_folder(
+def test_papermill_and_nbconvert_give_the_same_bits(
     tiny_project: Path, tmp_path: Path, run_python: Callable[..., subprocess.CompletedProcess]
 ) -> None:
+    """papermill from a folder that is not the project's; nbconvert starts the kernel where
+    JupyterLab does, in the notebook's own."""
     notebook = tiny_project / "notebooks" / "03_training.ipynb"
     command = papermill(notebook, tmp_path, "-p", "seed", "3", "-p", "run", "from-afar")
     process = run_python(*command, project=tiny_project, cwd=tmp_path)
     assert process.returncode == 0, output_of(process)
-    config = tiny_project / "notebooks" / "runs" / "from-afar" / "config.json"
-    settings = json.loads(config.read_text(encoding="utf-8"))
+    records = tiny_project / "notebooks" / "runs"
+    settings = json.loads((records / "from-afar" / "config.json").read_text(encoding="utf-8"))
     assert settings["seed"] == 3
     assert settings["train_images"] == TINY["train_images"]
+
+    given = {k: v for k, v in settings.items() if k in declared_in("03_training")}
+    parameters = parameterize_notebook(load_notebook_node(str(notebook)), given | {"run": "near"})
+    edited = tiny_project / "notebooks" / "edited.ipynb"
+    nbformat.write(parameters, edited)
+    command = ["-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", str(edited)]
+    process = run_python(*command, project=tiny_project, cwd=tmp_path)
+    edited.unlink()
+    assert process.returncode == 0, output_of(process)
+    losses = [(records / run / "batches.csv").read_bytes() for run in ("from-afar", "near")]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(("name", "value"), [("momentun", "0.9"), ("epochs", "many")])
@@ -307,3 +320,9 @@ def test_requirements_list_what_is_imported() -> None:
     for name in top - ours - set(sys.stdlib_module_names):
         assert {found.lower() for found in distributions[name]} & listed, f"{name} is not listed"
     assert lines[-1] == "-e ."
+
+
+def test_the_tests_run_with_the_versions_that_are_listed() -> None:
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    for name, wanted in (line.split("==") for line in lines if "==" in line):
+        assert version(name).split("+")[0] == wanted, f"{name} is another version"

@@ -61,6 +61,16 @@ def test_preset_with_a_wrong_parameter_stops_before_the_first_notebook(
     assert not (project / "report").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [("", "holds no parameters"), ("- 1\n", "holds no parameters"), ("a: [1,\nb", "is no YAML")],
+)
+def test_a_preset_that_holds_nothing_is_told_so(project: Path, content: str, fault: str) -> None:
+    (project / "notebooks" / "parameters" / "small.yaml").write_text(content)
+    with pytest.raises(SystemExit, match=rf"small\.yaml {fault}.*; write lines like epochs: 6"):
+        report.main(["--preset", "small"])
+
+
 def test_only_needs_publish(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         report.main(["--only", "01"])

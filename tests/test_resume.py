@@ -115,6 +115,25 @@ def test_the_optimisers_state_comes_back(
     assert torch.equal(again["mirrored_first"], state["mirrored_first"])
 
 
+def test_another_number_of_threads_is_said(
+    tiny_images: data.ImageData, undisturbed: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is guaranteed then: the same draws, and numbers that differ by rounding."""
+    threads = torch.get_num_threads()
+    stop_after(3, monkeypatch, tiny_images)
+    try:
+        torch.set_num_threads(3 - min(threads, 2))  # one instead of two or more, two instead of one
+        _, run, said = run_to_the_end(tiny_images)
+    finally:
+        torch.set_num_threads(threads)
+    assert "will differ by rounding" in said[1]
+    _, expected = undisturbed
+    ours, theirs = run.batches["loss"], expected.batches["loss"]
+    assert ours[:3].tolist() == theirs[:3].tolist()
+    assert ours[3] == pytest.approx(theirs[3], rel=1e-4)
+    assert ours.iloc[-1] == pytest.approx(theirs.iloc[-1], rel=0.05)
+
+
 KILLED = """
 import sys, pathlib, time, torch
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]

@@ -7,6 +7,8 @@ import json
 import re
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import pandas as pd
 import pytest
 import torch
@@ -66,6 +68,47 @@ def test_a_wrong_value_is_refused_by_name(name: str, value: object, remedy: str)
     assert remedy in str(caught.value)
 
 
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(st.sampled_from([f.name for f in dataclasses.fields(Settings)]), ANYTHING)
+def test_any_value_is_taken_as_it_is_or_refused_in_one_sentence(name: str, value: object) -> None:
+    try:
+        taken = Settings(**{name: value})
+    except ParameterError as error:
+        said = str(error)
+        assert "\n" not in said.replace(repr(value), "")
+        assert f"{name} = {value!r}" in said or "fit together" in said or "leaves no map" in said
+    else:
+        assert getattr(taken, name) is value
+
+
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(
+    st.fixed_dictionaries(
+        {
+            "seed": st.integers(0, 2**32 - 1),
+            "epochs": st.integers(3, 10_000),
+            "first_sizes": st.lists(st.integers(8, 32), max_size=2),
+            "learning_rate": st.floats(0, 100),
+            "branches": st.integers(1, 4),
+            "kernel_size": st.sampled_from([1, 3, 5, 7]),
+            "flip": st.booleans(),
+        }
+    )
+)
+def test_settings_survive_yaml_and_json(values: dict) -> None:
+    chosen = Settings(**values)
+    written = dataclasses.asdict(chosen)
+    assert Settings(**yaml.safe_load(yaml.safe_dump(written))) == chosen
+    assert Settings(**json.loads(json.dumps(written))) == chosen
+
+
 def test_check_parameters_takes_the_notebooks_variables() -> None:
     namespace = {"seed": 7, "epochs": 3, "something_else": object(), "In": ["seed = 0"]}
     assert runs.check_parameters(namespace) == Settings(seed=7, epochs=3)
@@ -101,6 +144,8 @@ def test_an_unknown_device_is_refused() -> None:
         with pytest.raises(ParameterError, match=name):
             runs.pick_device(name)
     assert runs.pick_device("cpu").type == "cpu"
+    with pytest.raises(ParameterError, match="no such device"):  # at once, not when it is used
+        runs.check_parameters({"device": "cuda:99"})
 
 
 def write_run(settings: Settings, images: data.ImageData) -> runs.Run:

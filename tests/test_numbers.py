@@ -1,0 +1,81 @@
+"""Every number that the report states is that of a record, or of a source that is named here."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from helpers import report, runs
+from helpers.data import ROOT
+from helpers.evaluation import mean_and_deviation
+
+# Percentages that no run of ours gave.
+CITED = {
+    "88.51": "the published answer to the same sheet",
+    "95": "the level of an interval",
+}
+PERCENTAGE = re.compile(r"(\d+\.\d+ ± \d+\.\d+|\d+(?:\.\d+)?) ?%")
+MINUTES = re.compile(r"(\d+\.\d+(?: ± \d+\.\d+)?) minutes")
+NOTEBOOKS = [f"notebooks/{name}.ipynb" for name in report.SEQUENCE]
+
+
+def recorded() -> tuple[set[str], set[str]]:
+    """Accuracies in per cent and minutes of all runs, and of the seeds of each, as text."""
+    accuracies, minutes = set(), set()
+    for run in map(runs.read, runs.names()):
+        seeds = runs.seeds_of(run)
+        for name in ("test_accuracy", "test_accuracy_tta", "validation_accuracy"):
+            if run.metrics[name] is not None:
+                accuracies.add(f"{100 * run.metrics[name]:.2f}")
+                accuracies.add(mean_and_deviation(100 * seeds[name].astype(float), 2))
+        minutes.add(mean_and_deviation(seeds["train_seconds"] / 60, 1))
+    for history in runs.RUNS.glob("choice-*/history.csv"):
+        accuracies.add(f"{100 * pd.read_csv(history)['validation_accuracy'].iloc[-1]:.2f}")
+    return accuracies, minutes
+
+
+def prose(path: Path) -> str:
+    if path.suffix == ".md":
+        return path.read_text(encoding="utf-8")
+    cells = nbformat.read(path, as_version=4).cells
+    return "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+@pytest.mark.parametrize("name", ["README.md", *NOTEBOOKS])
+def test_a_number_without_a_record_fails(name: str) -> None:
+    accuracies, minutes = recorded()
+    text = prose(ROOT / name)
+    for stated in PERCENTAGE.findall(text):
+        assert stated in accuracies | set(CITED), f"{name}: no record gives {stated} %"
+    for stated in MINUTES.findall(text):
+        assert stated in minutes, f"{name}: no record gives {stated} minutes"
+
+
+def text_outputs(name: str) -> list[str]:
+    """What the cells of a stored notebook have put out, as text."""
+    cells = nbformat.read(ROOT / name, as_version=4).cells
+    outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
+    return [o.get("text") or o.get("data", {}).get("text/plain", "") for o in outputs]
+
+
+def test_the_stored_training_is_the_recorded_run() -> None:
+    run = runs.read("quick-seed0")
+    outputs = text_outputs(NOTEBOOKS[2])
+    (stored,) = [ast.literal_eval(text) for text in outputs if text.startswith("{'dataset'")]
+    assert stored == run.metrics
+    lines = re.findall(r"^epoch +(\d+)/.* test (\S+)%", "\n".join(outputs), re.M)
+    assert [float(test) for _, test in lines] == [
+        round(100 * accuracy, 2) for accuracy in run.history["test_accuracy"]
+    ]
+
+
+def test_the_stored_analysis_is_of_the_recorded_run() -> None:
+    metrics = runs.read("quick-seed0").metrics
+    said = "\n".join(text_outputs(NOTEBOOKS[3]))
+    assert f"test accuracy {metrics['test_accuracy']:.2%} (" in said
+    assert "agrees with the record: True" in said
