@@ -46,11 +46,17 @@ def use_style() -> None:
 
 
 def save(figure: Figure, name: str, label: str) -> Figure:
-    """Write `figures/<label>/<name>.svg` and `.png`, and give the figure back to be shown."""
+    """Write `figures/<label>/<name>.svg` and `.png`, and give the figure back to be shown.
+
+    Where they cannot be written, that is said, and the figure is shown all the same.
+    """
     folder = ROOT / "figures" / label
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    figure.savefig(folder / f"{name}.png", dpi=150)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        figure.savefig(folder / f"{name}.png", dpi=150)
+    except OSError as error:
+        print(f"figures/{label}/{name} could not be written ({error.strerror}); it is only shown.")
     return figure
 
 

@@ -517,6 +517,9 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"Begin with {shown(make_report(options.preset, options.seed))}")
     except (ReportError, data.DataError, runs.ParameterError, runs.RunError) as error:
         sys.exit(str(error))
+    except OSError as error:  # a full disk, a folder that may not be written
+        where = shown(Path(error.filename)) if error.filename else "A file"
+        sys.exit(f"{where} cannot be written or read: {error.strerror or error}.")
     except KeyboardInterrupt:
         sys.exit("Stopped from the keyboard; what was executed is in report/.")
 

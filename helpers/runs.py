@@ -27,7 +27,7 @@ from helpers.model import ACTIVATIONS, GATES, BlockNetwork, layer_table
 
 RUNS = ROOT / "notebooks" / "runs"
 BENCHMARKS = ROOT / "notebooks" / "benchmarks"  # what `make bench` writes
-VERSION = 1  # of the records; to be raised when an older program could misread a newer record
+VERSION = 2  # of the records; to be raised when an older program could misread a newer record
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -318,15 +318,24 @@ class Record:
                 "name with the parameter run."
             ) from None
         except OSError as error:
-            raise RunError(f"{place(self.folder)} cannot be written: {error.strerror}.") from None
+            raise self.unwritable(error) from None
         try:
             self.check_unfinished()
             if not (self.folder / "config.json").is_file():
                 write_json(self.folder / "config.json", self.config)
+        except OSError as error:
+            self.lock.release()
+            raise self.unwritable(error) from None
         except BaseException:
             self.lock.release()
             raise
         return self
+
+    def unwritable(self, error: OSError) -> RunError:
+        return RunError(
+            f"{place(self.folder)} cannot be written: {error.strerror}; make room or give yourself "
+            "the right to write there, before anything is trained."
+        )
 
     def __exit__(self, *_: object) -> None:
         """Let others continue the run, if it is not over."""

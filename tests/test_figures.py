@@ -79,3 +79,14 @@ def test_a_figure_is_saved_under_its_label_and_is_the_same_every_time(
         written.append((tmp_path / "figures" / "stand-in" / "loss.svg").read_bytes())
     assert written[0] == written[1]
     assert (tmp_path / "figures" / "stand-in" / "loss.png").is_file()
+
+
+def test_a_figure_that_cannot_be_saved_is_shown_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    (tmp_path / "figures").touch()
+    drawn = figures.batch_losses(BATCHES)
+    assert figures.save(drawn, "loss", "stand-in") is drawn
+    said = capsys.readouterr().out
+    assert said.startswith("figures/stand-in/loss could not be written (Not a directory)")

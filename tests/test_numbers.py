@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
 
-from helpers import report, runs
+from helpers import data, report, runs
 from helpers.data import ROOT
 from helpers.evaluation import mean_and_deviation
 
@@ -79,3 +82,39 @@ def test_the_stored_analysis_is_of_the_recorded_run() -> None:
     said = "\n".join(text_outputs(NOTEBOOKS[3]))
     assert f"test accuracy {metrics['test_accuracy']:.2%} (" in said
     assert "agrees with the record: True" in said
+
+
+# ---- the committed notebooks are what the committed code makes
+
+# What differs from one run to the next: times, and the names that pandas gives to styled tables.
+CHANGING = re.compile(r"\d+(?:\.\d+)? (?:s|ms|min|minutes|seconds)\b|T_[0-9a-f]{5}")
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
+
+
+def stated(notebook: nbformat.NotebookNode) -> list[str]:
+    """The readable outputs of each code cell."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return ["\n".join(text for o in c.outputs for text in report.texts(o)) for c in cells]
+
+
+@pytest.mark.parametrize("name", ["01_data_exploration", "04_analysis"])
+def test_a_fresh_run_gives_the_stored_outputs(
+    name: str,
+    copy_project: Callable[[], Path],
+    run_python: Callable[..., subprocess.CompletedProcess],
+) -> None:
+    """Words to the letter, numbers to the rounding by which machines may differ."""
+    if data.missing_files(data.cifar10_folder()):
+        pytest.skip("CIFAR-10 is not on this machine")
+    project = copy_project()
+    shutil.copytree(runs.RUNS, project / "notebooks" / "runs", dirs_exist_ok=True)
+    source, target = project / "notebooks" / f"{name}.ipynb", project / "fresh.ipynb"
+    command = ["-m", "papermill", source, target, "--no-progress-bar"]
+    process = run_python(*command, project=project, cwd=source.parent)
+    assert process.returncode == 0, process.stderr[-3000:]
+    stored, fresh = (nbformat.read(path, as_version=4) for path in (source, target))
+    for old, new in zip(stated(stored), stated(fresh), strict=True):
+        old, new = CHANGING.sub("…", old), CHANGING.sub("…", new)
+        assert NUMBER.sub("#", new) == NUMBER.sub("#", old)
+        numbers = [[float(found) for found in NUMBER.findall(text)] for text in (new, old)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=2e-3, abs=2e-3)

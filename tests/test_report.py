@@ -71,6 +71,15 @@ def test_a_preset_that_holds_nothing_is_told_so(project: Path, content: str, fau
         report.main(["--preset", "small"])
 
 
+def test_a_folder_that_cannot_be_written_is_named(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_dataset("cifar10", monkeypatch)
+    report.REPORT.touch()
+    with pytest.raises(SystemExit, match=r"^report/small cannot be written or read: Not a dir"):
+        report.main(["--preset", "small"])
+
+
 def test_only_needs_publish(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         report.main(["--only", "01"])

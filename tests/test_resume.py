@@ -299,6 +299,22 @@ def test_a_folder_that_cannot_be_made_is_named(
         run_to_the_end(tiny_images)
 
 
+@pytest.mark.parametrize(
+    ("writing", "fault"),
+    [("mkdir", errno.EACCES), ("mkdir", errno.EROFS), ("sync", errno.ENOSPC)],
+)
+def test_a_run_that_cannot_be_recorded_stops_before_it_trains(
+    writing: str, fault: int, tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(*(Path, "mkdir") if writing == "mkdir" else (runs, "sync"), refuse)
+    monkeypatch.setattr(training, "train_batch", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(RunError, match=f"stopped cannot be written: {os.strerror(fault)}; make"):
+        run_to_the_end(tiny_images)
+
+
 def test_a_record_of_a_later_version_is_refused_by_name(
     tiny_images: data.ImageData, folder: Path
 ) -> None:

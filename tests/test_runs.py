@@ -68,6 +68,54 @@ def test_a_wrong_value_is_refused_by_name(name: str, value: object, remedy: str)
     assert remedy in str(caught.value)
 
 
+# For each parameter, what is of the wrong type, out of range or not finite.
+NOT_WHOLE = (None, True, 1.5, "2", "1e-3", [1], float("nan"), float("inf"), -1, 10**12)
+NOT_REAL = (None, True, "0.1", "1e-3", [0.1], float("nan"), float("inf"), -0.1, 10**12, 10**400)
+NOT_WHOLES = (None, True, 0.5, "[1, 2]", [0], [1.5], [True], [None], [-3], {"a": 1}, [10**12])
+NOT_A_NAME = (None, 3, True, "../up", "a/b", "a b", ["quick"], "-p")
+REFUSED = {
+    "preset": (*NOT_A_NAME, ""), "run": NOT_A_NAME, "device": (*NOT_A_NAME, "", "tpu", "cuda:99"),
+    "seed": NOT_WHOLE, "validation": NOT_WHOLE, "train_images": NOT_WHOLE,
+    "basic_images": (*NOT_WHOLE, 0), "stem_filters": (*NOT_WHOLE, 7), "stem_stride": NOT_WHOLE,
+    "epochs": (*NOT_WHOLE, 0), "batch_size": (*NOT_WHOLE, 0), "translate": NOT_WHOLE,
+    "learning_rate": NOT_REAL, "momentum": (*NOT_REAL, 1), "adam_learning_rate": NOT_REAL,
+    "label_smoothing": (*NOT_REAL, 1),
+    "widths": (*NOT_WHOLES, []), "first_sizes": (*NOT_WHOLES, [33], [7]),
+    "pool_after": (*NOT_WHOLES, [7]),
+    "branches": (*NOT_WHOLES, 0, [2]), "kernel_size": (*NOT_WHOLES, 2, [3, 2]),
+    "strides": (*NOT_WHOLES, 0),
+    "gate": (*NOT_A_NAME, "Softmax"), "activation": (*NOT_A_NAME, "swish"),
+    "flip": (None, 1, 0.0, "true", "yes", [True]),
+}  # fmt: skip
+
+
+def test_every_parameter_has_values_to_refuse() -> None:
+    assert set(REFUSED) == {field.name for field in dataclasses.fields(Settings)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name in REFUSED for value in REFUSED[name]]
+)
+def test_the_table_of_wrong_values(name: str, value: object) -> None:
+    """Refused before any image is read, in one sentence that names the parameter and a remedy."""
+    with pytest.raises(ParameterError) as caught:
+        runs.settings_from({name: value})
+    said = str(caught.value)
+    assert name in said or name.replace("_", " ") in said
+    assert "\n" not in said and len(said) < 700
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [("learning_rate: 1e-3", "1e-3"), ("momentum: .nan", "nan"), ("epochs: '6'", "6"),
+     ("flip: 'no'", "no"), ("widths: 32", "32"), ("seed:", "None"), ("gate: false", "False")],
+)  # fmt: skip
+def test_what_yaml_makes_of_a_line_is_checked_too(line: str, value: str) -> None:
+    given = yaml.safe_load(line)
+    with pytest.raises(ParameterError, match=rf"^Parameter {next(iter(given))} = '?{value}"):
+        runs.settings_from(given)
+
+
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
