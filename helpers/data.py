@@ -8,8 +8,8 @@ import io
 import math
 import os
 import queue
+import shutil
 import socket
-import tempfile
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -159,8 +159,8 @@ def is_verified(path: Path, checksum: str) -> bool:
 def fetch(folder: Path) -> None:
     """Put CIFAR-10's files into `folder`, from its archive there or else from the network.
 
-    They are unpacked beside their place and moved once they are whole, so that an interrupted
-    download leaves nothing behind. Of several processes one does it, and the others wait.
+    They are unpacked beside their place and moved once they are whole; what an interrupted
+    download has left is removed. Of several processes one does it, and the others wait.
 
     Raises:
         OSError, RuntimeError, HTTPException: the network or the folder does not allow it.
@@ -177,13 +177,24 @@ def fetch(folder: Path) -> None:
             print(f"Downloading CIFAR-10 (170 MB) into {shown(folder)} …", flush=True)
         destination = folder / CIFAR10.base_folder
         destination.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work, quiet(), stalls_noticed():
+        with emptied(folder / ".download") as work, quiet(), stalls_noticed():
             if archived:
                 extract_archive(archive, work)
             else:
                 CIFAR10(work, download=True)
-            for file in (Path(work) / CIFAR10.base_folder).iterdir():
+            for file in (work / CIFAR10.base_folder).iterdir():
                 file.replace(destination / file.name)
+
+
+@contextlib.contextmanager
+def emptied(folder: Path) -> Iterator[Path]:
+    """A folder to work in: empty at first, and gone afterwards."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import matplotlib
@@ -20,6 +20,7 @@ from torch import Tensor
 from helpers.data import ROOT
 from helpers.evaluation import Calibration, interval
 from helpers.model import BlockNetwork, layer_table
+from helpers.runs import write_aside
 
 COLOURS = sns.color_palette("colorblind")
 # The same colour for the same thing in every figure.
@@ -51,10 +52,12 @@ def save(figure: Figure, name: str, label: str) -> Figure:
     Where they cannot be written, that is said, and the figure is shown all the same.
     """
     folder = ROOT / "figures" / label
+    kinds = {"svg": {"metadata": {"Date": None}}, "png": {"dpi": 150}}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-        figure.savefig(folder / f"{name}.png", dpi=150)
+        for kind, options in kinds.items():
+            draw = partial(figure.savefig, format=kind, **options)
+            write_aside(folder / f"{name}.{kind}", draw)
     except OSError as error:
         print(f"figures/{label}/{name} could not be written ({error.strerror}); it is only shown.")
     return figure

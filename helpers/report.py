@@ -85,13 +85,17 @@ def make_report(preset: str, seed: int) -> Path:
     """
     run = runs.free_name(f"{preset}-seed{seed}")
     parameters = read_preset(preset) | {"seed": seed, "run": run}
+    settings = runs.settings_from(parameters)
     folder = REPORT / preset
     folder.mkdir(parents=True, exist_ok=True)
     for old in (*folder.glob("*.ipynb"), *folder.glob("*.html")):
         old.unlink()
 
     print(f"Run {run} of the preset {preset}, into {shown(folder)}; first, the data.", flush=True)
-    dataset = data.load_data().name
+    images = data.load_data()
+    dataset = images.name
+    with runs.Record(settings, images):  # can it be written and, if it is there, continued?
+        pass
     durations = {}
     for name in SEQUENCE:
         target = folder / f"{name}.ipynb"
@@ -410,7 +414,11 @@ def make_pdf(run: runs.Run, figures: Path, target: Path) -> None:
             )
     content = pdf_content(run) | {"figures": f"/{figures.relative_to(data.ROOT).as_posix()}"}
     template = Path(__file__).with_suffix(".typ")
-    typst.compile(template, output=target, root=data.ROOT, sys_inputs={"data": json.dumps(content)})
+    numbers = {"data": json.dumps(content)}
+    try:
+        typst.compile(template, output=target, root=data.ROOT, sys_inputs=numbers)
+    except typst.TypstError as error:
+        raise ReportError(f"{shown(target)} could not be typeset: {error}") from None
 
 
 def pdf_content(run: runs.Run) -> dict:

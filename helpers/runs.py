@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -86,6 +86,16 @@ def text(default: str, empty: bool) -> Any:
     return dataclasses.field(default=default, metadata={"fault": fault})
 
 
+def device_name(default: str) -> Any:
+    """A field for a device; whether the machine has it is asked by `pick_device`."""
+
+    def fault(value: object) -> str | None:
+        right = isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", value)
+        return None if right else "auto, cpu, cuda or the like of cuda:1"
+
+    return dataclasses.field(default=default, metadata={"fault": fault})
+
+
 def flag(default: bool) -> Any:
     """A field for true or false."""
 
@@ -121,7 +131,7 @@ class Settings:
     preset: str = text("quick", empty=False)  # the name of the parameter file
     seed: int = whole(0, 0, 2**32 - 1)
     run: str = text("", empty=True)  # the record's name; empty: <preset>-seed<seed>
-    device: str = text("auto", empty=False)  # auto, cpu, cuda, cuda:1 …
+    device: str = device_name("auto")
     # the images
     validation: int = whole(0, 0, 49_000)  # images held out of training; 0: train on all
     train_images: int = whole(0, 0, 50_000)  # use only the first so many; 0: all
@@ -256,6 +266,31 @@ def training_parts(images: ImageData, settings: Settings) -> tuple[ImageSet, Ima
     return training, validation
 
 
+def check_batches(settings: Settings, images: int) -> None:
+    """Refuse a last batch of one image, if the network's smallest map is a single position: batch
+    normalisation has nothing to average then.
+
+    Args:
+        images: how many are trained on.
+
+    Raises:
+        ParameterError: it is so.
+    """
+    if settings.batch_size > 1 and images % settings.batch_size != 1:
+        return
+    with torch.device("meta"):
+        network = settings.network().train()
+        try:
+            for size in {IMAGE_SIZE, *settings.first_sizes}:
+                network(torch.zeros(1, 3, size, size))
+        except ValueError:
+            raise ParameterError(
+                f"Parameter batch_size = {settings.batch_size}: of {images:,} images it leaves a "
+                "batch of one, from whose single position batch normalisation learns nothing; use "
+                "another number."
+            ) from None
+
+
 def label(settings: Settings, images: ImageData) -> str:
     """The folder of figures: the preset's name, or the stand-in's, so that they never mix."""
     return settings.preset if images.name == "cifar10" else images.name
@@ -302,9 +337,11 @@ class Record:
         self.say = say
         self.epochs: list[dict[str, float]] = []
         self.batches: list[dict[str, float]] = []
-        self.config = dataclasses.asdict(settings) | {
+        self.interruptions = 0
+        config = dataclasses.asdict(settings) | {
             "run": self.name, "dataset": images.name, "version": VERSION,
         }  # fmt: skip
+        self.config = json.loads(json.dumps(config))  # as it reads back: with lists for tuples
 
     def __enter__(self) -> Record:
         """Make the folder, or check that what is in it can be continued; lock it."""
@@ -360,19 +397,26 @@ class Record:
                 )
 
     def checkpoint(self) -> dict[str, Any] | None:
-        """The latest checkpoint that can be read, or None; loading it runs no code."""
+        """The latest checkpoint that can be read, or None; loading it runs no code.
+
+        One that cannot be used is removed, so that it never takes the place of a good one.
+        """
         for path in self.checkpoints():
             if not path.is_file():
                 continue
             try:
                 state = torch.load(path, weights_only=True, map_location="cpu")
-                if state["run"] == self.name and state["version"] == VERSION:
+                begun = state["config"]
+                if begun == self.config:
                     self.epochs, self.batches = state["epochs"], state["batches"]
+                    self.interruptions = state["interruptions"] + 1
                     return state["training"]
-                fault = f"belongs to run {state['run']}, version {state['version']}"
+                fault = f"belongs to a run {begun['run']} of other parameters or another version"
             except Exception as error:  # whatever a damaged file leads to
                 fault = f"cannot be read ({type(error).__name__})"
             self.say(f"{place(path)} {fault}: it is not used.")
+            with contextlib.suppress(OSError):
+                path.unlink()
         return None
 
     def save(self, training: dict[str, Any]) -> None:
@@ -381,32 +425,25 @@ class Record:
         Args:
             training: tensors, numbers, strings, lists and dictionaries of them.
         """
-        state = {"version": VERSION, "run": self.name, "epochs": self.epochs,
-                 "batches": self.batches, "training": training}  # fmt: skip
+        state = {"config": self.config, "epochs": self.epochs, "batches": self.batches,
+                 "interruptions": self.interruptions, "training": training}  # fmt: skip
         latest, before = self.checkpoints()
-        with self.complaining(latest):
-            written = latest.with_suffix(".new")
-            with written.open("wb") as file:
-                torch.save(state, file)
-                sync(file)
-            if latest.is_file():
-                latest.replace(before)
-            written.replace(latest)
+        self.write(latest, lambda file: torch.save(state, file), before)
 
     def checkpoints(self) -> tuple[Path, Path]:
         return self.folder / "checkpoint.pt", self.folder / "checkpoint-before.pt"
 
-    @contextlib.contextmanager
-    def complaining(self, path: Path) -> Iterator[None]:
-        """Say what could not be written, and go on."""
+    def write(
+        self, path: Path, content: Callable[[IO], object], before: Path | None = None
+    ) -> bool:
+        """`write_aside`, but where that fails it is said, and the training goes on."""
         try:
-            yield
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # torch.save turns some of the former into the latter
+            write_aside(path, content, before)
+        except (OSError, RuntimeError) as error:  # torch.save makes the one of the other
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             self.say(f"{place(path)} could not be written ({reason}); the training goes on.")
+            return False
+        return True
 
     def add_epoch(self, row: dict[str, float], batches: list[dict[str, float]]) -> None:
         """Add an epoch's row of `history.csv` and its rows of `batches.csv`."""
@@ -414,30 +451,34 @@ class Record:
         self.batches += batches
         self.write_tables()
 
-    def write_tables(self) -> None:
-        for name, rows in (("history.csv", self.epochs), ("batches.csv", self.batches)):
-            with self.complaining(self.folder / name):
-                write_text(self.folder / name, pd.DataFrame(rows).to_csv(index=False))
+    def write_tables(self) -> bool:
+        tables = {"history.csv": self.epochs, "batches.csv": self.batches}
+        return all(
+            [
+                self.write(self.folder / name, as_bytes(pd.DataFrame(rows).to_csv(index=False)))
+                for name, rows in tables.items()
+            ]
+        )
 
     def fail(self, why: str) -> None:
         """Mark the run as failed; its last checkpoint stays."""
-        with self.complaining(self.folder / "failed.json"):
-            write_json(self.folder / "failed.json", {"failed": why})
+        self.write(self.folder / "failed.json", as_bytes(as_json({"failed": why})))
 
     def finish(self, network: nn.Module, metrics: dict[str, Any]) -> Run:
-        """Write the weights and `metrics.json`, remove the checkpoints, and give the record."""
-        weights = self.folder / "weights.pt"
-        with self.complaining(weights):
-            torch.save(network.state_dict(), weights.with_suffix(".new"))
-            weights.with_suffix(".new").replace(weights)
-        self.write_tables()
-        written = False
-        with self.complaining(self.folder / "metrics.json"):
-            write_json(self.folder / "metrics.json", metrics)
-            written = True
-        if written:  # else they are all that is left of the run
+        """Write the weights and `metrics.json`, remove the checkpoints, and give the record.
+
+        Where not all of it can be written the run stays unfinished, and its last checkpoint stays:
+        started again, it only has to be measured and written.
+        """
+        metrics = metrics | {"interruptions": self.interruptions}
+        weights = network.state_dict()
+        whole = self.write(self.folder / "weights.pt", lambda file: torch.save(weights, file))
+        whole = self.write_tables() and whole
+        if whole and self.write(self.folder / "metrics.json", as_bytes(as_json(metrics))):
             for path in (*self.checkpoints(), self.folder / ".lock"):
                 path.unlink(missing_ok=True)
+        else:
+            self.say(f"Run {self.name} stays unfinished: make room, and start it again.")
         history, batches = pd.DataFrame(self.epochs), pd.DataFrame(self.batches)
         return Run(self.name, self.folder, self.config, history, batches, metrics)
 
@@ -453,17 +494,37 @@ def sync(file: IO) -> None:
     os.fsync(file.fileno())
 
 
-def write_text(path: Path, content: str) -> None:
-    """Write a file aside and move it into place: readers find the old one or the new one."""
+def write_aside(path: Path, content: Callable[[IO], object], before: Path | None = None) -> None:
+    """Write a file aside and move it into place: readers find the old one or the new one.
+
+    Args:
+        content: writes into the open file.
+        before: where the old one is moved to, if it is to be kept.
+    """
     written = path.with_name(path.name + ".new")
-    with written.open("w", encoding="utf-8") as file:
-        file.write(content)
-        sync(file)
-    written.replace(path)
+    try:
+        with written.open("wb") as file:
+            content(file)
+            sync(file)
+        if before is not None and path.is_file():
+            path.replace(before)
+        written.replace(path)
+    finally:  # half a file would keep the room that the next one needs
+        with contextlib.suppress(OSError):
+            written.unlink()
+
+
+def as_bytes(text: str) -> Callable[[IO], object]:
+    """For `write_aside`: what writes the text."""
+    return lambda file: file.write(text.encode("utf-8"))
+
+
+def as_json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_aside(path, as_bytes(as_json(content)))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -473,9 +534,12 @@ def read_json(path: Path) -> dict[str, Any]:
         RunError: it is not there, or no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{place(path)} cannot be read ({type(error).__name__}).") from None
+    if not isinstance(content, dict):
+        raise RunError(f"{place(path)} cannot be read (no names and values in it).")
+    return content
 
 
 def free_name(stem: str) -> str:
@@ -487,7 +551,7 @@ def free_name(stem: str) -> str:
 
 
 def latest(stem: str) -> str:
-    """The name of the latest finished run among `stem`, `stem-2` …
+    """The name of the latest finished run among `stem`, `stem-2` …; of an unfinished one, if any.
 
     Raises:
         RunError: there is none.
@@ -497,6 +561,8 @@ def latest(stem: str) -> str:
     for metrics in RUNS.glob("*/metrics.json"):
         if match := named.fullmatch(metrics.parent.name):
             finished[int(match[2] or 1)] = metrics.parent.name
+    if not finished and (RUNS / stem).is_dir():
+        return stem  # `read` says why it cannot be used
     if not finished:
         raise RunError(
             f"There is no finished run {stem}; make it with notebook 03, or name another with the "
@@ -520,7 +586,7 @@ def read(name: str) -> Run:
     if not folder.is_dir():
         raise RunError(f"There is no run {name}; there are: {', '.join(names()) or 'none'}.")
     if (folder / "failed.json").is_file():
-        why = read_json(folder / "failed.json")["failed"]
+        why = read_json(folder / "failed.json").get("failed", "its record does not say why.")
         raise RunError(f"Run {name} failed, so there is nothing to analyse: {why}")
     if not (folder / "metrics.json").is_file():
         raise RunError(
@@ -528,7 +594,7 @@ def read(name: str) -> Run:
             "parameters continues it."
         )
     config = read_json(folder / "config.json")
-    if config.get("version", 1) > VERSION:
+    if config.get("version", 1) not in range(1, VERSION + 1):
         raise RunError(
             f"Run {name} has a record of version {config['version']}, and this program knows "
             f"{VERSION}; use the program that made it, or a newer one."
@@ -575,7 +641,13 @@ def load_network(run: Run) -> nn.Module:
             "make the run again with notebook 03, or name another with the parameter run."
         )
     network = settings_of(run).network().to(memory_format=torch.channels_last)
-    network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    try:
+        network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    except Exception as error:  # whatever a damaged file leads to
+        raise RunError(
+            f"The weights in {place(path)} are not those of run {run.name} or cannot be read "
+            f"({type(error).__name__}); get them again, or make the run again with notebook 03."
+        ) from None
     return network.eval()
 
 

@@ -18,7 +18,15 @@ from torch.optim import Optimizer
 from helpers import evaluation
 from helpers.augment import Augmentation, shrink
 from helpers.data import ImageData, ImageSet, normalise, set_epoch, training_loader
-from helpers.runs import Record, Run, Settings, pick_device, surroundings, training_parts
+from helpers.runs import (
+    Record,
+    Run,
+    Settings,
+    check_batches,
+    pick_device,
+    surroundings,
+    training_parts,
+)
 
 SECONDS_BETWEEN_CHECKPOINTS = 30
 
@@ -167,7 +175,7 @@ class Underway:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "drawn": self.drawn,
             "mirrored_first": self.augmentation.mirrored_first,
-            "threads": torch.get_num_threads(),
+            "machine": machine_of(self.network),
         } | {name: getattr(self, name) for name in self.POSITION}
 
     POSITION = ("epoch", "batch", "rows", "loss_sum", "right", "seen", "seconds")
@@ -189,10 +197,10 @@ def train_epoch(
     """All batches of one epoch that are still to be done; the epoch's row of the history.
 
     Args:
-        save: called about once a minute, between two batches.
+        save: called after the last batch, and twice a minute between two others.
 
     Raises:
-        TrainingError: a loss that is not finite.
+        TrainingError: a loss or weights that are not finite.
     """
     underway.network.train()
     count, begin = len(underway.loader), time.perf_counter() - underway.seconds
@@ -207,10 +215,7 @@ def train_epoch(
         underway.batch += 1
         rate = factor * settings.learning_rate
         if not math.isfinite(loss):
-            raise TrainingError(
-                f"The loss is {loss} in epoch {underway.epoch}, batch {underway.batch}, at "
-                f"learning rate {rate:.3g}; try a lower learning_rate or adam_learning_rate."
-            )
+            raise diverged(f"The loss is {loss}", underway, rate)
         underway.rows.append(
             {"epoch": underway.epoch, "batch": underway.batch, "loss": loss, "learning_rate": rate}
         )
@@ -219,14 +224,36 @@ def train_epoch(
         underway.loss_sum += loss * len(labels)
         underway.seconds = time.perf_counter() - begin
         if time.perf_counter() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+            check_weights(underway)
             save()
             saved = time.perf_counter()
+    check_weights(underway)
+    save()  # before the epoch is measured, which takes a while
     return {
         "epoch": underway.epoch, "loss": underway.loss_sum / underway.seen,
         "training_accuracy_running": underway.right / underway.seen,
         "learning_rate": underway.rows[-1]["learning_rate"],
         "seconds": underway.seconds, "images_per_second": underway.seen / underway.seconds,
     }  # fmt: skip
+
+
+def check_weights(underway: Underway) -> None:
+    """Raise a TrainingError if a weight is not finite, as after a last good loss."""
+    if not all(weight.isfinite().all() for weight in underway.network.state_dict().values()):
+        rate = underway.rows[-1]["learning_rate"]
+        raise diverged("Weights are not finite", underway, rate)
+
+
+def diverged(what: str, underway: Underway, rate: float) -> TrainingError:
+    return TrainingError(
+        f"{what} in epoch {underway.epoch}, batch {underway.batch}, at learning rate {rate:.3g}; "
+        "try a lower learning_rate or adam_learning_rate."
+    )
+
+
+def machine_of(network: nn.Module) -> dict[str, Any]:
+    """What a network is trained on: processor, threads, instructions, device."""
+    return surroundings(next(network.parameters()).device)["hardware"]
 
 
 def train(
@@ -236,9 +263,9 @@ def train(
 
     The seed decides the network's first weights, the order of the images and their augmentation;
     measuring draws no random number, so it does not change the training. A run that was stopped
-    is continued from its last checkpoint, at most a minute old, and gives on the same machine with
-    as many threads the same bits as one that was not. Another number of threads sums in another
-    order: the draws are the same, the numbers differ by rounding.
+    is continued from its last checkpoint, at most a minute old, and gives on the same CPU with as
+    many threads the same bits as one that was not. Another machine or number of threads sums in
+    another order: the draws are the same, the numbers differ by rounding.
 
     Args:
         report: called with a line of text for each epoch, and if something is unusual.
@@ -262,19 +289,11 @@ def train_and_record(
 ) -> nn.Module:
     """The epochs of a run, or what is left of them; the trained network."""
     training, validation = training_parts(images, settings)
+    check_batches(settings, len(training))
     training, test = training.to(device), images.test.to(device)
     underway = Underway(first_network(training, settings).to(device), training, settings)
     if (state := record.checkpoint()) is not None:
-        underway.restore(state)
-        record.say(
-            f"run {record.name} goes on after batch {underway.batch} of {len(underway.loader)} "
-            f"in epoch {underway.epoch}"
-        )
-        if state["threads"] != (threads := torch.get_num_threads()):
-            record.say(
-                f"it was begun with {state['threads']} threads and now has {threads}, so that it "
-                "will differ by rounding from one that was not stopped"
-            )
+        go_on(underway, state, settings, record)
     while underway.epoch <= settings.epochs:
         try:
             row = train_epoch(underway, settings, lambda: record.save(underway.state()))
@@ -287,6 +306,26 @@ def train_and_record(
         underway.begin_epoch(underway.epoch + 1)
         record.save(underway.state())
     return underway.network
+
+
+def go_on(underway: Underway, state: dict[str, Any], settings: Settings, record: Record) -> None:
+    """Take up a run where its checkpoint was, and say so; also if the machine is another."""
+    underway.restore(state)
+    where = f"after batch {underway.batch} of {len(underway.loader)} in epoch {underway.epoch}"
+    if underway.epoch > settings.epochs:
+        where = "after its last epoch"
+    record.say(f"run {record.name} goes on {where}")
+    before, now = state["machine"], machine_of(underway.network)
+    changed = [
+        f"{name} {before.get(name)}, now {now[name]}"
+        for name in now
+        if before.get(name) != now[name]
+    ]
+    if changed:
+        record.say(
+            f"it was begun on another machine ({'; '.join(changed)}), so that it will differ by "
+            "rounding from one that was not stopped"
+        )
 
 
 def keep_freed_memory() -> None:

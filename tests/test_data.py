@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import http.server
+import json
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import tarfile
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import IO
 
 import numpy as np
 import pytest
@@ -128,12 +132,20 @@ def test_verified_files_are_read(
     assert capsys.readouterr() == ("", "")
 
 
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
 @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+@pytest.mark.parametrize(
+    "damage", [flipped, lambda b: b[:-1], lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b + b"?"]
+)
 def test_a_file_that_fails_its_checksum_is_named_and_never_used(
-    miniature: SimpleNamespace, server: None, name: str
+    miniature: SimpleNamespace, server: None, name: str, damage: Callable[[bytes], bytes]
 ) -> None:
     file = install(miniature) / name
-    wrong = file.read_bytes()[:-1] + b"?"
+    wrong = damage(file.read_bytes())
     file.write_bytes(wrong)
     with pytest.raises(DataError) as raised:
         data.load_data()
@@ -163,40 +175,82 @@ def test_absent_files_are_downloaded(
     assert socket.getdefaulttimeout() == timeout
 
 
+FETCH = """
+import json, os, sys
+from torchvision.datasets import CIFAR10
+for name, value in json.loads(sys.argv[1]).items():
+    setattr(CIFAR10, name, value)
+from helpers import data
+print(len(data.load_data().train), "images", flush=True)
+"""
+
+
 def test_of_two_processes_one_downloads_and_the_other_waits(
+    miniature: SimpleNamespace, server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, waiting = http.server.SimpleHTTPRequestHandler.copyfile, threading.Event()
+
+    def slowly(handler: http.server.SimpleHTTPRequestHandler, source: IO, target: IO) -> None:
+        target.write(source.read(1))  # enough for those who only ask whether there is an answer
+        target.flush()
+        waiting.wait(60)
+        with contextlib.suppress(OSError):
+            copy(handler, source, target)
+
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "copyfile", slowly)
+    names = ("train_list", "test_list", "meta", "tgz_md5", "url")
+    patched = json.dumps({name: getattr(CIFAR10, name) for name in names})
+    command = [sys.executable, "-u", "-c", FETCH, patched]
+    processes = [
+        subprocess.Popen(command, cwd=data.ROOT, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    lines: list[str] = []
+
+    def listen(process: subprocess.Popen) -> None:
+        for line in process.stdout:
+            lines.append(line.strip())
+            if "Another process" in line:
+                waiting.set()
+
+    listeners = [threading.Thread(target=listen, args=[process]) for process in processes]
+    for listener in listeners:
+        listener.start()
+    for process, listener in zip(processes, listeners, strict=True):
+        assert process.wait(90) == 0
+        listener.join()
+    assert sorted(lines) == [
+        "10 images",
+        "10 images",
+        "Another process is putting CIFAR-10 into $CIFAR10_ROOT; waiting.",
+        "Downloading CIFAR-10 (170 MB) into $CIFAR10_ROOT …",
+    ]
+    assert os.listdir(miniature.root) == [CIFAR10.base_folder]
+
+
+def test_what_a_killed_download_has_left_is_removed(
+    miniature: SimpleNamespace, server: None
+) -> None:
+    (miniature.root / ".download").mkdir()
+    (miniature.root / ".download" / CIFAR10.filename).write_bytes(b"half")
+    assert data.load_data().name == "cifar10"
+    assert os.listdir(miniature.root) == [CIFAR10.base_folder]
+
+
+def test_a_download_that_breaks_off_is_told_and_the_next_one_works(
     miniature: SimpleNamespace,
     server: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    begun, waits, downloads = threading.Event(), threading.Event(), []
-    download = data.stalls_noticed
-
-    def slowly() -> AbstractContextManager:
-        downloads.append(1)
-        begun.set()
-        assert waits.wait(30)
-        return download()
-
-    monkeypatch.setattr(data, "stalls_noticed", slowly)
-    acquire = data.FileLock.acquire
-
-    def noticed(lock: data.FileLock, *arguments: object, **options: object) -> object:
-        if not options:  # the second process has found the lock taken
-            waits.set()
-        return acquire(lock, *arguments, **options)
-
-    monkeypatch.setattr(data.FileLock, "acquire", noticed)
-    names: list[str] = []
-    first = threading.Thread(target=lambda: names.append(data.load_data().name))
-    first.start()
-    assert begun.wait(30)
-    names.append(data.load_data().name)
-    first.join()
-    assert names == ["cifar10", "cifar10"] and len(downloads) == 1
+    with monkeypatch.context() as patch:
+        handler = http.server.SimpleHTTPRequestHandler
+        patch.setattr(handler, "copyfile", lambda _, source, target: target.write(source.read(99)))
+        assert data.load_data().name == "stand-in"
     said = capsys.readouterr().out
-    assert "Another process is putting CIFAR-10 into $CIFAR10_ROOT; waiting." in said
-    assert os.listdir(miniature.root) == [CIFAR10.base_folder]
+    assert "CIFAR-10 is not in $CIFAR10_ROOT" in said and "run this again" in said
+    assert os.listdir(miniature.root / CIFAR10.base_folder) == []
+    assert data.load_data().name == "cifar10"
 
 
 def test_an_archive_put_there_by_hand_is_used_without_a_network(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 import yaml
 from conftest import NO_NETWORK
 from nbformat import NotebookNode
@@ -256,24 +257,51 @@ def test_papermill_and_nbconvert_give_the_same_bits(
     process = run_python(*command, project=tiny_project, cwd=tmp_path)
     edited.unlink()
     assert process.returncode == 0, output_of(process)
-    losses = [(records / run / "batches.csv").read_bytes() for run in ("from-afar", "near")]
+    folders = [records / run for run in ("from-afar", "near")]
+    losses = [(folder / "batches.csv").read_bytes() for folder in folders]
     assert losses[0] == losses[1]
+    far, near = (torch.load(folder / "weights.pt", weights_only=True) for folder in folders)
+    assert all(torch.equal(far[name], near[name]) for name in far | near)
 
 
-@pytest.mark.parametrize(("name", "value"), [("momentun", "0.9"), ("epochs", "many")])
+@pytest.mark.parametrize(
+    ("notebook", "name", "value"),
+    [
+        ("01_data_exploration", "translate", "1e-3"),
+        ("02_model_definition", "branchs", "3"),
+        ("03_training", "momentun", "0.9"),
+        ("03_training", "epochs", "many"),
+        ("03_training", "device", "cuda:99"),
+        ("04_analysis", "seed", "-1"),
+    ],
+)
 def test_papermill_stops_at_a_wrong_parameter(
     tiny_project: Path,
     tmp_path: Path,
     run_python: Callable[..., subprocess.CompletedProcess],
+    notebook: str,
     name: str,
     value: str,
 ) -> None:
-    notebook = tiny_project / "notebooks" / "03_training.ipynb"
-    command = papermill(notebook, tmp_path, "-p", name, value, "-p", "run", "wrong")
+    path = tiny_project / "notebooks" / f"{notebook}.ipynb"
+    command = papermill(path, tmp_path, "-p", name, value)
+    before = set((path.parent / "runs").iterdir())
     process = run_python(*command, project=tiny_project, cwd=tmp_path)
     assert process.returncode != 0
     assert f"Parameter {name} " in process.stderr
-    assert not (tiny_project / "notebooks" / "runs" / "wrong").exists()
+    assert set((path.parent / "runs").iterdir()) == before
+
+
+def test_the_analysis_refuses_a_run_that_is_not_finished_by_name(
+    tiny_project: Path, tmp_path: Path, run_python: Callable[..., subprocess.CompletedProcess]
+) -> None:
+    (tiny_project / "notebooks" / "runs" / "begun").mkdir()
+    command = papermill(
+        tiny_project / "notebooks" / "04_analysis.ipynb", tmp_path, "-p", "run", "begun"
+    )
+    process = run_python(*command, project=tiny_project, cwd=tmp_path)
+    assert process.returncode != 0
+    assert "Run begun is not finished" in process.stderr
 
 
 # ---- what imports what

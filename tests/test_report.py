@@ -26,7 +26,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project with four small notebooks and one preset, in which the report works."""
     notebooks = tmp_path / "notebooks"
     (notebooks / "parameters").mkdir(parents=True)
-    (notebooks / "parameters" / "small.yaml").write_text("preset: small\nepochs: 3\n")
+    (notebooks / "parameters" / "small.yaml").write_text("preset: small\nepochs: 4\n")
     for name in report.SEQUENCE:
         nbformat.write(notebook_of("print(seed)"), notebooks / f"{name}.ipynb")
     monkeypatch.setattr(data, "ROOT", tmp_path)
@@ -78,6 +78,15 @@ def test_a_folder_that_cannot_be_written_is_named(
     report.REPORT.touch()
     with pytest.raises(SystemExit, match=r"^report/small cannot be written or read: Not a dir"):
         report.main(["--preset", "small"])
+
+
+def test_a_wrong_seed_is_told_before_anything_is_removed(project: Path) -> None:
+    (project / "report" / "small").mkdir(parents=True)
+    page = project / "report" / "small" / "index.html"
+    page.touch()
+    with pytest.raises(SystemExit, match="Parameter seed = -1"):
+        report.main(["--preset", "small", "--seed", "-1"])
+    assert page.exists()
 
 
 def test_only_needs_publish(capsys: pytest.CaptureFixture) -> None:

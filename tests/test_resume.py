@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +39,14 @@ def run_to_the_end(
     said: list[str] = []
     network, run = training.train(images, settings, said.append)
     return network, run, said
+
+
+def told(said: list[str], words: str) -> bool:
+    return any(words in line for line in said)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +125,48 @@ def test_the_optimisers_state_comes_back(
     assert torch.equal(again["mirrored_first"], state["mirrored_first"])
 
 
+def test_a_run_stopped_before_its_record_is_whole_only_has_to_be_measured(
+    tiny_images: data.ImageData, undisturbed: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "final_metrics", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_to_the_end(tiny_images)
+    monkeypatch.setattr(training, "train_batch", lambda *_: pytest.fail("it trains again"))
+    network, run, said = run_to_the_end(tiny_images)
+    assert said[0] == "run stopped goes on after its last epoch"
+    assert_same_run((network, run), undisturbed)
+    assert run.metrics["interruptions"] == 1
+
+
+def test_a_run_stopped_while_measuring_keeps_its_epoch(
+    tiny_images: data.ImageData, undisturbed: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", 1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "measure", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_to_the_end(tiny_images)
+    ours = run_to_the_end(tiny_images)
+    assert ours[2][0] == "run stopped goes on after batch 5 of 5 in epoch 1"
+    assert_same_run(ours, undisturbed)
+
+
+def test_checkpoints_are_never_older_than_a_minute(
+    tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock that goes on by seven seconds whenever it is read: twice for each batch."""
+    clock, saved = itertools.count(step=7), []
+    monkeypatch.undo()
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    underway = training.Underway(
+        training.first_network(tiny_images.train, QUICK), tiny_images.train, QUICK
+    )
+    training.train_epoch(underway, QUICK, lambda: saved.append(underway.batch))
+    batches = [b - a for a, b in itertools.pairwise([0, *saved])]
+    assert saved[-1] == 5 and len(saved) > 1 and 2 * 7 * max(batches) <= 60
+
+
 def test_another_number_of_threads_is_said(
     tiny_images: data.ImageData, undisturbed: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +178,7 @@ def test_another_number_of_threads_is_said(
         _, run, said = run_to_the_end(tiny_images)
     finally:
         torch.set_num_threads(threads)
-    assert "will differ by rounding" in said[1]
+    assert "another machine (threads" in said[1] and "differ by rounding" in said[1]
     _, expected = undisturbed
     ours, theirs = run.batches["loss"], expected.batches["loss"]
     assert ours[:3].tolist() == theirs[:3].tolist()
@@ -135,7 +187,8 @@ def test_another_number_of_threads_is_said(
 
 
 KILLED = """
-import sys, pathlib, time, torch
+import sys, pathlib, signal, time, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it was being ignored
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 from conftest import small_images
 from helpers import runs, training
@@ -183,11 +236,11 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(
         latest.write_bytes(latest.read_bytes()[:-1000])
     elif damage == "foreign":
         state = torch.load(latest, weights_only=True)
-        torch.save(state | {"run": "another"}, latest)
+        torch.save(state | {"config": state["config"] | {"run": "another"}}, latest)
     else:
         torch.save(Malice(proof), latest, pickle_module=pickle)
     ours = run_to_the_end(tiny_images)
-    reason = "belongs to run another" if damage == "foreign" else "cannot be read"
+    reason = "belongs to a run another" if damage == "foreign" else "cannot be read"
     assert f"checkpoint.pt {reason}" in ours[2][0] and ours[2][0].endswith("it is not used.")
     assert "goes on after batch 3 of 5 in epoch 1" in ours[2][1]
     assert not proof.exists(), "a checkpoint has run code"
@@ -260,6 +313,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_marks_it(
     with pytest.raises(training.TrainingError, match="nan in epoch 2, batch 2"):
         run_to_the_end(tiny_images)
     good = torch.load(folder / "checkpoint.pt", weights_only=True)["training"]
+    assert all(weight.isfinite().all() for weight in good["network"].values())
     assert (good["epoch"], good["batch"]) == (2, 1)
     with pytest.raises(RunError, match=r"stopped failed.*nan in epoch 2"):
         runs.read("stopped")
@@ -267,12 +321,40 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_marks_it(
         run_to_the_end(tiny_images)
 
 
+@pytest.mark.parametrize("poisoned", [4, 7, 10])  # within an epoch, and in the very last batch
+def test_weights_that_are_not_finite_are_never_kept(
+    poisoned: int, tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    """The loss is that before the step, so the step may spoil the weights behind a good loss."""
+    step, done = training.train_batch, []
+
+    def spoil(network: torch.nn.Module, *arguments: object) -> tuple[float, int]:
+        result = step(network, *arguments)
+        done.append(1)
+        if len(done) == poisoned:
+            network.output.fc[0].weight.data[0, 0] = float("inf")
+        return result
+
+    monkeypatch.setattr(training, "train_batch", spoil)
+    epoch, batch = divmod(poisoned - 1, 5)
+    where = f"Weights are not finite in epoch {epoch + 1}, batch {batch + 1}, at learning rate"
+    with pytest.raises(training.TrainingError, match=where):
+        run_to_the_end(tiny_images)
+    good = torch.load(folder / "checkpoint.pt", weights_only=True)["training"]
+    assert all(weight.isfinite().all() for weight in good["network"].values())
+    with pytest.raises(RunError, match="stopped failed"):
+        runs.read("stopped")
+
+
 def full_disk(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_full_disk_costs_no_epoch(
-    tiny_images: data.ImageData, undisturbed: tuple, monkeypatch: pytest.MonkeyPatch
+    tiny_images: data.ImageData,
+    undisturbed: tuple,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
 ) -> None:
     begun: list[Callable] = []
     row = runs.Record.add_epoch
@@ -285,9 +367,40 @@ def test_a_full_disk_costs_no_epoch(
     monkeypatch.setattr(runs.Record, "add_epoch", filled_up)
     ours = run_to_the_end(tiny_images)
     assert_same_run(ours, undisturbed)
-    for name in ("history.csv", "checkpoint.pt", "metrics.json"):
+    for name in ("history.csv", "checkpoint.pt", "weights.pt"):
         sentence = f"stopped/{name} could not be written (No space left on device)"
-        assert any(sentence in line for line in ours[2]), name
+        assert told(ours[2], sentence), name
+    assert told(ours[2], "Run stopped stays unfinished: make room, and start it again.")
+    assert not list(folder.glob("*.new")), "half a file takes room"
+    with pytest.raises(RunError, match="stopped is not finished"):
+        runs.read("stopped")
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "history.csv", "metrics.json"])
+def test_what_could_not_be_written_at_the_end_is_written_when_there_is_room(
+    name: str,
+    tiny_images: data.ImageData,
+    undisturbed: tuple,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+) -> None:
+    aside = runs.write_aside
+
+    def some_fail(path: Path, *arguments: object) -> None:
+        if path.name == name:
+            full_disk()
+        aside(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "write_aside", some_fail)
+        assert_same_run(run_to_the_end(tiny_images), undisturbed)
+    assert not (folder / "metrics.json").exists()
+    ours = run_to_the_end(tiny_images)
+    assert ours[2][0] == "run stopped goes on after its last epoch"
+    assert_same_run(ours, undisturbed)
+    written = torch.load(folder / "weights.pt", weights_only=True)
+    for key, tensor in undisturbed[0].state_dict().items():
+        assert torch.equal(written[key], tensor), key
 
 
 def test_a_folder_that_cannot_be_made_is_named(

@@ -131,7 +131,8 @@ def test_any_value_is_taken_as_it_is_or_refused_in_one_sentence(name: str, value
     except ParameterError as error:
         said = str(error)
         assert "\n" not in said.replace(repr(value), "")
-        assert f"{name} = {value!r}" in said or "fit together" in said or "leaves no map" in said
+        several = ("fit together", "leaves no map", "fewer sizes than the run has epochs")
+        assert f"{name} = {value!r}" in said or any(words in said for words in several)
     else:
         assert getattr(taken, name) is value
 
@@ -141,7 +142,7 @@ def test_any_value_is_taken_as_it_is_or_refused_in_one_sentence(name: str, value
     st.fixed_dictionaries(
         {
             "seed": st.integers(0, 2**32 - 1),
-            "epochs": st.integers(3, 10_000),
+            "epochs": st.integers(4, 10_000),
             "first_sizes": st.lists(st.integers(8, 32), max_size=2),
             "learning_rate": st.floats(0, 100),
             "branches": st.integers(1, 4),
@@ -158,8 +159,8 @@ def test_settings_survive_yaml_and_json(values: dict) -> None:
 
 
 def test_check_parameters_takes_the_notebooks_variables() -> None:
-    namespace = {"seed": 7, "epochs": 3, "something_else": object(), "In": ["seed = 0"]}
-    assert runs.check_parameters(namespace) == Settings(seed=7, epochs=3)
+    namespace = {"seed": 7, "epochs": 9, "something_else": object(), "In": ["seed = 0"]}
+    assert runs.check_parameters(namespace) == Settings(seed=7, epochs=9)
 
 
 def test_a_name_that_papermill_injects_and_nobody_knows_is_refused() -> None:
@@ -188,9 +189,12 @@ def test_every_preset_has_two_branches_at_least_in_every_block() -> None:
 
 
 def test_an_unknown_device_is_refused() -> None:
-    for name in ("tpu", "cuda:99"):
-        with pytest.raises(ParameterError, match=name):
-            runs.pick_device(name)
+    for name in ("meta", "cuda:x", "tpu"):
+        with pytest.raises(ParameterError, match=f"device = '{name}': it must be auto, cpu, cuda"):
+            Settings(device=name)
+    with pytest.raises(ParameterError, match="cuda:99"):
+        runs.pick_device("cuda:99")
+    assert Settings(device="cuda:1").device == "cuda:1"
     assert runs.pick_device("cpu").type == "cpu"
     with pytest.raises(ParameterError, match="no such device"):  # at once, not when it is used
         runs.check_parameters({"device": "cuda:99"})
@@ -248,6 +252,51 @@ def test_latest_does_not_take_another_seeds_run(folder: Path, tiny_images: data.
     write_run(small("quick-seed10"), tiny_images)
     with pytest.raises(RunError, match=r"no finished run quick-seed1;.*quick-seed10"):
         runs.latest("quick-seed1")
+    with runs.Record(Settings(seed=1), tiny_images):
+        pass
+    with pytest.raises(RunError, match="quick-seed1 is not finished"):  # and not: there is none
+        runs.read(runs.latest("quick-seed1"))
+
+
+def test_a_batch_of_one_image_is_refused_where_nothing_can_be_normalised() -> None:
+    tight = Settings(first_sizes=[8], batch_size=100)  # three poolings leave one position of 8×8
+    with pytest.raises(ParameterError, match="batch_size = 100: of 2,001 images .* batch of one"):
+        runs.check_batches(tight, 2001)
+    runs.check_batches(tight, 2000)
+    runs.check_batches(dataclasses.replace(tight, first_sizes=[]), 2001)
+    with pytest.raises(ParameterError, match="batch_size = 1:"):
+        runs.check_batches(dataclasses.replace(tight, batch_size=1), 2000)
+
+
+def test_tuples_of_a_notebook_are_the_lists_of_its_record(
+    folder: Path, tiny_images: data.ImageData
+) -> None:
+    settings = Settings(widths=(8, 8), pool_after=(1,), first_sizes=(16,), run="tuples")
+    for _ in range(2):  # the second time it is continued
+        with runs.Record(settings, tiny_images) as record:
+            assert record.config["widths"] == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("weights.pt", b"PK", "are not those of run quick-seed0 or cannot be read"),
+        ("weights.pt", None, "has no weights here"),
+        ("config.json", b"[]", "config.json cannot be read"),
+        ("config.json", b'{"version": "x"}', "record of version x"),
+        ("metrics.json", b"{", "metrics.json cannot be read"),
+        ("history.csv", b"", "tables of run quick-seed0 cannot be read"),
+        ("history.csv", None, "tables of run quick-seed0 cannot be read"),
+        ("failed.json", b"{}", "Run quick-seed0 failed"),
+    ],
+)
+def test_a_damaged_record_is_refused_by_name(
+    folder: Path, tiny_images: data.ImageData, name: str, content: bytes | None, said: str
+) -> None:
+    path = write_run(small(), tiny_images).folder / name
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(RunError, match=said):
+        runs.load_network(runs.read("quick-seed0"))
 
 
 def test_missing_runs_and_weights_are_named(folder: Path, tiny_images: data.ImageData) -> None:
