@@ -121,3 +121,15 @@ def test_a_fresh_run_gives_the_stored_outputs(
         assert NUMBER.sub("#", new) == NUMBER.sub("#", old)
         numbers = [[float(found) for found in NUMBER.findall(text)] for text in (new, old)]
         assert numbers[0] == pytest.approx(numbers[1], rel=2e-3, abs=2e-3)
+
+
+def test_the_stored_training_shows_the_code_that_is_there() -> None:
+    """Notebook 03 prints parts of helpers/training.py; they are those of today."""
+    source = (ROOT / "helpers" / "training.py").read_text(encoding="utf-8")
+    cells = nbformat.read(ROOT / NOTEBOOKS[2], as_version=4).cells
+    shown = [cell for cell in cells if "Code(" in cell.source]
+    assert len(shown) == 4
+    for cell in shown:
+        (output,) = cell.outputs
+        for part in output.data["text/plain"].split("\n\n\n"):
+            assert part.strip() in source, part
