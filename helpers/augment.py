@@ -1,10 +1,12 @@
-"""How a batch of training images is varied, all at once: mirrored, shifted, shrunk."""
+"""How a batch of training images is varied, all at once: mirrored, shifted, covered, shrunk."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from helpers.data import MEAN
 
 
 def mirror(images: Tensor, which: Tensor) -> Tensor:
@@ -35,6 +37,23 @@ def reflect(position: Tensor, size: int) -> Tensor:
     return last - (last - position.abs()).abs()
 
 
+def cover(images: Tensor, row: Tensor, column: Tensor, side: int, colour: Tensor) -> Tensor:
+    """Cover a square of side×side pixels in each of b×c×h×w images (cutout, T. DeVries and
+    G. Taylor, arXiv 1708.04552); at the rim a part of it.
+
+    Args:
+        row, column: b integers each, the centres.
+        colour: c values, the square's.
+    """
+    h, w = images.shape[2:]
+    first_row, first_column = (centre.view(-1, 1) - side // 2 for centre in (row, column))
+    rows, columns = (torch.arange(n, device=images.device) for n in (h, w))
+    in_rows = (rows >= first_row) & (rows < first_row + side)  # b×h
+    in_columns = (columns >= first_column) & (columns < first_column + side)  # b×w
+    covered = in_rows[:, None, :, None] & in_columns[:, None, None, :]
+    return torch.where(covered, colour.to(images).view(1, -1, 1, 1), images)
+
+
 def shrink(images: Tensor, size: int) -> Tensor:
     """b×c×h×w images of floats as b×c×size×size: each pixel the mean of those that it covers.
 
@@ -47,7 +66,7 @@ def shrink(images: Tensor, size: int) -> Tensor:
 
 
 class Augmentation:
-    """Alternating mirror and random shift for a training set of known size.
+    """Alternating mirror, random shift and covered square for a training set of known size.
 
     Whether an image is mirrored in its first epoch is drawn; from then on it alternates, so
     that any two epochs in a row show every image both ways (cifar10-airbench, K. Jordan).
@@ -57,17 +76,29 @@ class Augmentation:
         translate: largest shift in pixels, in both directions; 0 for none.
         flip: whether to mirror.
         generator: the only source of randomness here.
+        cutout: side in pixels of the square that is covered with the images' mean colour, its
+            centre anywhere; 0 for none.
 
     Raises:
-        ValueError: a translation that is not 0 to 31 whole pixels.
+        ValueError: a translation or a cutout that is not 0 to 31 whole pixels.
     """
 
-    def __init__(self, images: int, translate: int, flip: bool, generator: torch.Generator) -> None:
-        if isinstance(translate, bool) or not isinstance(translate, int) or not 0 <= translate < 32:
-            raise ValueError(
-                f"translate={translate!r} is not allowed; use whole pixels from 0 to 31."
-            )
-        self.translate, self.flip, self.generator = translate, flip, generator
+    def __init__(
+        self,
+        images: int,
+        translate: int,
+        flip: bool,
+        generator: torch.Generator,
+        cutout: int = 0,
+    ) -> None:
+        for name, pixels in (("translate", translate), ("cutout", cutout)):
+            if isinstance(pixels, bool) or not isinstance(pixels, int) or not 0 <= pixels < 32:
+                raise ValueError(
+                    f"{name}={pixels!r} is not allowed; use whole pixels from 0 to 31."
+                )
+        self.translate, self.flip, self.cutout = translate, flip, cutout
+        self.colour = (255 * torch.tensor(MEAN)).round()
+        self.generator = generator
         self.mirrored_first = torch.rand(images, generator=generator) < 0.5
 
     def __call__(self, images: Tensor, index: Tensor, epoch: int) -> Tensor:
@@ -81,4 +112,8 @@ class Augmentation:
             moves = torch.randint(span, (2, len(images)), generator=self.generator) - self.translate
             down, right = moves.to(images.device)
             images = shift(images, down, right)
+        if self.cutout:
+            place = torch.randint(images.shape[2], (2, len(images)), generator=self.generator)
+            row, column = place.to(images.device)
+            images = cover(images, row, column, self.cutout, self.colour)
         return images

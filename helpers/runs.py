@@ -156,6 +156,7 @@ class Settings:
     label_smoothing: float = real(0.1, 0.0, 0.999)
     translate: int = whole(2, 0, 31)
     flip: bool = flag(True)
+    cutout: int = whole(0, 0, 31)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

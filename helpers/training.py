@@ -146,7 +146,7 @@ class Underway:
         # Shuffling and augmentation draw from this generator and from no other.
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.augmentation = Augmentation(
-            len(training), settings.translate, settings.flip, self.generator
+            len(training), settings.translate, settings.flip, self.generator, settings.cutout
         )
         self.loader = training_loader(
             training, settings.batch_size, self.augmentation, self.generator

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.augment import Augmentation, mirror, shift, shrink
+from helpers.augment import Augmentation, cover, mirror, shift, shrink
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -109,7 +109,31 @@ def test_chance_comes_from_the_generator_alone() -> None:
     assert not torch.equal(first, Augmentation(12, 2, True, seeded(4))(images, index, 0))
 
 
-@pytest.mark.parametrize("translate", [-1, 32, 1.5, True, "2"])
-def test_a_translation_that_is_not_allowed_is_named(translate: object) -> None:
+@pytest.mark.parametrize("pixels", [-1, 32, 1.5, True, "2"])
+def test_pixels_that_are_not_allowed_are_named(pixels: object) -> None:
     with pytest.raises(ValueError, match=r"translate=.* is not allowed; use whole pixels"):
-        Augmentation(10, translate, True, seeded())
+        Augmentation(10, pixels, True, seeded())
+    with pytest.raises(ValueError, match=r"cutout=.* is not allowed; use whole pixels"):
+        Augmentation(10, 2, True, seeded(), pixels)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_cover_covers_a_square_and_nothing_else(dtype: torch.dtype) -> None:
+    images = torch.zeros(3, 2, 8, 10, dtype=dtype)
+    colour = torch.tensor([3, 5])
+    row, column = torch.tensor([4, 0, 7]), torch.tensor([5, 0, 9])
+    covered = cover(images, row, column, 4, colour)
+    expected = images.clone()
+    for image, rows, columns in ((0, (2, 6), (3, 7)), (1, (0, 2), (0, 2)), (2, (5, 8), (7, 10))):
+        expected[image, :, slice(*rows), slice(*columns)] = colour.to(dtype).view(2, 1, 1)
+    assert torch.equal(covered, expected) and covered.dtype == dtype
+
+
+def test_every_image_is_covered_somewhere_else_in_the_mean_colour() -> None:
+    images = torch.full((500, 3, 32, 32), 255, dtype=torch.uint8)
+    augment = Augmentation(500, translate=0, flip=False, generator=seeded(), cutout=8)
+    result = augment(images, torch.arange(500), 0)
+    covered = (result != 255).any(dim=1)
+    assert covered.flatten(1).sum(dim=1).max() == 64 and covered.flatten(1).any(dim=1).all()
+    assert {tuple(c) for c in result.permute(0, 2, 3, 1)[covered].tolist()} == {(125, 123, 114)}
+    assert covered.float().mean(dim=0).min() > 0  # every place is covered in some image

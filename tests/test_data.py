@@ -139,7 +139,8 @@ def flipped(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
 @pytest.mark.parametrize(
-    "damage", [flipped, lambda b: b[:-1], lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b + b"?"]
+    "damage",
+    [flipped, lambda b: b[:-1], lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b + b"?"],
 )
 def test_a_file_that_fails_its_checksum_is_named_and_never_used(
     miniature: SimpleNamespace, server: None, name: str, damage: Callable[[bytes], bytes]

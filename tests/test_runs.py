@@ -78,6 +78,7 @@ REFUSED = {
     "seed": NOT_WHOLE, "validation": NOT_WHOLE, "train_images": NOT_WHOLE,
     "basic_images": (*NOT_WHOLE, 0), "stem_filters": (*NOT_WHOLE, 7), "stem_stride": NOT_WHOLE,
     "epochs": (*NOT_WHOLE, 0), "batch_size": (*NOT_WHOLE, 0), "translate": NOT_WHOLE,
+    "cutout": (*NOT_WHOLE, 32),
     "learning_rate": NOT_REAL, "momentum": (*NOT_REAL, 1), "adam_learning_rate": NOT_REAL,
     "label_smoothing": (*NOT_REAL, 1),
     "widths": (*NOT_WHOLES, []), "first_sizes": (*NOT_WHOLES, [33], [7]),
