@@ -274,9 +274,12 @@ def train(
         The trained network and its finished record.
 
     Raises:
-        TrainingError: a loss that is not finite; the record says so too.
+        ParameterError: the device does not exist, or a batch of one image cannot be learnt from.
+        RunError: the run cannot be recorded, or continued.
+        TrainingError: a loss or weights that are not finite; the record says so too.
     """
     device = pick_device(settings.device)
+    check_batches(settings, len(training_parts(images, settings)[0]))
     torch.set_flush_denormal(True)  # tiny numbers are slow on a CPU and change nothing
     keep_freed_memory()
     with Record(settings, images, report) as record:
@@ -289,7 +292,6 @@ def train_and_record(
 ) -> nn.Module:
     """The epochs of a run, or what is left of them; the trained network."""
     training, validation = training_parts(images, settings)
-    check_batches(settings, len(training))
     training, test = training.to(device), images.test.to(device)
     underway = Underway(first_network(training, settings).to(device), training, settings)
     if (state := record.checkpoint()) is not None:
