@@ -217,7 +217,8 @@ def small(name: str = "") -> Settings:
 def test_a_record_reads_back_as_it_was_written(folder: Path, tiny_images: data.ImageData) -> None:
     run = write_run(small(), tiny_images)
     again = runs.read("quick-seed0")
-    assert again.metrics == run.metrics == {"dataset": "stand-in", "test_accuracy": 0.6}
+    expected = {"dataset": "stand-in", "test_accuracy": 0.6, "interruptions": 0}
+    assert again.metrics == run.metrics == expected
     assert again.config["dataset"] == "stand-in"
     assert again.history["test_accuracy"].tolist() == [0.5, 0.6]
     assert again.batches["loss"].tolist() == [2.0, 1.0]
