@@ -390,12 +390,13 @@ class Record:
             return
         begun = read_json(self.folder / "config.json")
         for name, value in self.config.items():
-            if begun.get(name) != value:
+            if name != "basic_images" and begun.get(name) != value:  # notebook 02's, not the run's
                 raise RunError(
                     f"Run {self.name} was begun with {name} = {begun.get(name)!r}, and now "
                     f"{name} = {value!r}: go on with the former, choose another name with the "
                     f"parameter run, or delete {place(self.folder)}."
                 )
+        self.config = begun
 
     def checkpoint(self) -> dict[str, Any] | None:
         """The latest checkpoint that can be read, or None; loading it runs no code.

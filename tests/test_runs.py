@@ -117,8 +117,10 @@ def test_what_yaml_makes_of_a_line_is_checked_too(line: str, value: str) -> None
         runs.settings_from(given)
 
 
+# Training has told the processor to take the smallest of them for 0.
+FLOATS = st.floats(allow_subnormal=False)
 ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers() | FLOATS | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
     max_leaves=4,
 )
@@ -145,7 +147,7 @@ def test_any_value_is_taken_as_it_is_or_refused_in_one_sentence(name: str, value
             "seed": st.integers(0, 2**32 - 1),
             "epochs": st.integers(4, 10_000),
             "first_sizes": st.lists(st.integers(8, 32), max_size=2),
-            "learning_rate": st.floats(0, 100),
+            "learning_rate": st.floats(0, 100, allow_subnormal=False),
             "branches": st.integers(1, 4),
             "kernel_size": st.sampled_from([1, 3, 5, 7]),
             "flip": st.booleans(),
