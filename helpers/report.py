@@ -438,6 +438,7 @@ def pdf_content(run: runs.Run) -> dict:
     return {
         "stand_in": "" if run.metrics["dataset"] == "cifar10" else STAND_IN,
         "result": result,
+        "seed": str(settings.seed),
         "best": f"The best of the seeds reaches {best['test_accuracy']:.2%}, and "
         f"{best['test_accuracy_tta']:.2%} with test-time augmentation (the mean of six views).",
         "activation": settings.activation,

@@ -13,9 +13,9 @@ import nbformat
 import pandas as pd
 import pytest
 
-from helpers import data, report, runs
+from helpers import data, figures, report, runs
 from helpers.data import ROOT
-from helpers.evaluation import mean_and_deviation
+from helpers.evaluation import PUBLISHED, mean_and_deviation
 
 # Percentages that no run of ours gave.
 CITED = {
@@ -121,6 +121,29 @@ def test_a_fresh_run_gives_the_stored_outputs(
         assert NUMBER.sub("#", new) == NUMBER.sub("#", old)
         numbers = [[float(found) for found in NUMBER.findall(text)] for text in (new, old)]
         assert numbers[0] == pytest.approx(numbers[1], rel=2e-3, abs=2e-3)
+
+
+def test_the_kept_plots_are_those_of_the_recorded_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of another seed draws into the same folder; what the README and the PDF show is
+    seed 0's. The numbers drawn are compared, as an SVG holds them."""
+    run = runs.read("quick-seed0")
+    figures.use_style()
+    sizes = runs.settings_of(run).first_sizes
+    drawn = {
+        "03_batch_losses": figures.batch_losses(run.batches),
+        "03_accuracy_by_epoch": figures.accuracy_by_epoch(run.history, PUBLISHED, sizes),
+    }
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    for name, figure in drawn.items():
+        figures.save(figure, name, "quick")
+        kept, fresh = (
+            (root / "figures" / "quick" / f"{name}.svg").read_text(encoding="utf-8")
+            for root in (ROOT, tmp_path)
+        )
+        lines = [re.findall(r'<path d="(M[^"]+)" clip-path', svg) for svg in (kept, fresh)]
+        assert lines[0] == lines[1] and lines[0], name
 
 
 def test_the_stored_training_shows_the_code_that_is_there() -> None:
