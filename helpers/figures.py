@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from typing import Any
@@ -484,12 +485,15 @@ def accuracy_by_epoch(
         first_sizes: of the images in the first epochs, in pixels; those epochs are shaded.
     """
     drawn, axes = plt.subplots()
-    for epoch, size in enumerate(first_sizes, start=1):
-        axes.axvspan(epoch - 0.5, epoch + 0.5, color="0.93", linewidth=0)
+    begin = 0.5
+    for size, epochs in itertools.groupby(first_sizes):
+        end = begin + len(list(epochs))
+        axes.axvspan(begin, end, color="0.93", linewidth=0)
         axes.annotate(
-            f"learnt from\n{size}×{size}", (epoch, 0.77), xycoords=("data", "axes fraction"),
-            ha="center", va="top", color=REFERENCE, fontsize=9,
+            f"learnt from\n{size}×{size}", ((begin + end) / 2, 0.77),
+            xycoords=("data", "axes fraction"), ha="center", va="top", color=REFERENCE, fontsize=9,
         )  # fmt: skip
+        begin = end
     for column, name, colour, style in (
         ("training_accuracy_running", "training, while learning", TRAINING, "o-"),
         ("training_accuracy", "training, clean images", TRAINING, "D--"),

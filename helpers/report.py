@@ -93,7 +93,7 @@ def make_report(preset: str, seed: int) -> Path:
 
     print(f"Run {run} of the preset {preset}, into {shown(folder)}; first, the data.", flush=True)
     images = data.load_data()
-    dataset = images.name
+    dataset, figures = images.name, data.ROOT / "figures" / runs.label(settings, images)
     with runs.Record(settings, images):  # can it be written and, if it is there, continued?
         pass
     durations = {}
@@ -105,7 +105,6 @@ def make_report(preset: str, seed: int) -> Path:
             keep(notebook, run)
     finished, index = runs.read(run), folder / "index.html"
     render(overview(finished, durations), index, dataset)
-    figures = data.ROOT / "figures" / (preset if dataset == "cifar10" else dataset)
     make_pdf(finished, figures, folder / "report.pdf")
     return index
 

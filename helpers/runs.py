@@ -157,6 +157,8 @@ class Settings:
     translate: int = whole(2, 0, 31)
     flip: bool = flag(True)
     cutout: int = whole(0, 0, 31)
+    # the measuring
+    measure_training_every: int = whole(1, 1, 10_000)  # epochs; the test set after each of them
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -293,8 +295,9 @@ def check_batches(settings: Settings, images: int) -> None:
 
 
 def label(settings: Settings, images: ImageData) -> str:
-    """The folder of figures: the preset's name, or the stand-in's, so that they never mix."""
-    return settings.preset if images.name == "cifar10" else images.name
+    """The folder of figures: the run's name, of seed 0 without its seed; or the stand-in's."""
+    name = settings.run or f"{settings.preset}-seed{settings.seed}"
+    return name.removesuffix("-seed0") if images.name == "cifar10" else images.name
 
 
 # ---- records
@@ -700,7 +703,7 @@ def seeds_of(run: Run, device: str | None = None) -> pd.DataFrame:
 
 def what_counts(run: Run) -> dict[str, Any]:
     """The part of a run's configuration that its accuracy depends on, but for the seed."""
-    ignored = ("seed", "device", "run", "basic_images", "version")
+    ignored = ("seed", "device", "run", "basic_images", "measure_training_every", "version")
     return {name: value for name, value in run.config.items() if name not in ignored}
 
 

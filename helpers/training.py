@@ -302,7 +302,9 @@ def train_and_record(
         except TrainingError as error:
             record.fail(str(error))
             raise
-        row |= measure(underway.network, test, validation, training)
+        often = settings.measure_training_every
+        clean = underway.epoch % often == 0 or underway.epoch == settings.epochs
+        row |= measure(underway.network, test, validation, training if clean else None)
         record.add_epoch(row, underway.rows)
         record.say(progress(row, settings, sum(row["seconds"] for row in record.epochs)))
         underway.begin_epoch(underway.epoch + 1)
@@ -360,9 +362,9 @@ def first_network(training: ImageSet, settings: Settings) -> nn.Module:
 
 
 def measure(
-    network: nn.Module, test: ImageSet, validation: ImageSet | None, training: ImageSet
+    network: nn.Module, test: ImageSet, validation: ImageSet | None, training: ImageSet | None
 ) -> dict[str, float | None]:
-    """Exact accuracies on clean images in evaluation mode; None where nothing is held out."""
+    """Exact accuracies on clean images in evaluation mode; None for a set that is not given."""
     sets = {"training_accuracy": training, "test_accuracy": test, "validation_accuracy": validation}
     device = test.images.device
     return {

@@ -78,7 +78,7 @@ REFUSED = {
     "seed": NOT_WHOLE, "validation": NOT_WHOLE, "train_images": NOT_WHOLE,
     "basic_images": (*NOT_WHOLE, 0), "stem_filters": (*NOT_WHOLE, 7), "stem_stride": NOT_WHOLE,
     "epochs": (*NOT_WHOLE, 0), "batch_size": (*NOT_WHOLE, 0), "translate": NOT_WHOLE,
-    "cutout": (*NOT_WHOLE, 32),
+    "cutout": (*NOT_WHOLE, 32), "measure_training_every": (*NOT_WHOLE, 0),
     "learning_rate": NOT_REAL, "momentum": (*NOT_REAL, 1), "adam_learning_rate": NOT_REAL,
     "label_smoothing": (*NOT_REAL, 1),
     "widths": (*NOT_WHOLES, []), "first_sizes": (*NOT_WHOLES, [33], [7]),
@@ -173,7 +173,7 @@ def test_a_name_that_papermill_injects_and_nobody_knows_is_refused() -> None:
 
 
 def test_presets_are_complete_and_pass_the_checks() -> None:
-    assert {path.stem for path in PRESETS} == {"smoke", "eight-minutes", "quick", "full"}
+    assert {path.stem for path in PRESETS} == {"smoke", "eight-minutes", "quick", "hour", "full"}
     for path in PRESETS:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         settings = Settings(**values)
@@ -379,6 +379,23 @@ def test_committed_records_say_what_they_must() -> None:
         images = min(images, settings.train_images or images)
         steps = settings.epochs * -(-images // settings.batch_size)
         assert len(run.batches) == steps, run.name  # the loss of each training batch
+
+
+@pytest.mark.parametrize(
+    ("settings", "folder"),
+    [
+        (Settings(), "quick"),
+        (Settings(seed=1), "quick-seed1"),
+        (Settings(run="quick-seed0-2"), "quick-seed0-2"),
+        (Settings(preset="full", run="full-seed0"), "full"),
+    ],
+)
+def test_no_run_draws_over_the_figures_of_another(
+    settings: Settings, folder: str, tiny_images: data.ImageData
+) -> None:
+    real = dataclasses.replace(tiny_images, name="cifar10")
+    assert runs.label(settings, real) == folder
+    assert runs.label(settings, tiny_images) == "stand-in"
 
 
 def test_the_readme_states_what_the_records_say() -> None:

@@ -63,6 +63,19 @@ def test_measuring_more_often_does_not_change_the_training(
     assert measured.batches["loss"].tolist() == run.batches["loss"].tolist()
 
 
+def test_clean_training_images_are_measured_as_often_as_asked(
+    tiny_images: data.ImageData,
+) -> None:
+    """After every second epoch and the last; the training itself does not notice."""
+    _, often = quiet(tiny_images, SMALL)
+    _, seldom = quiet(tiny_images, dataclasses.replace(SMALL, measure_training_every=2))
+    assert often.history["training_accuracy"].notna().all()
+    assert seldom.history["training_accuracy"].notna().tolist() == [False, True, True]
+    same = ["loss", "test_accuracy"]
+    assert often.history[same].equals(seldom.history[same])
+    assert often.metrics["training_accuracy"] == seldom.metrics["training_accuracy"]
+
+
 def test_training_leaves_the_global_generator_alone(tiny_images: data.ImageData) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
