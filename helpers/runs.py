@@ -145,6 +145,7 @@ class Settings:
     stem_filters: int = whole(24, 0, 96)
     stem_stride: int = whole(1, 1, 2)
     pool_after: list[int] = wholes([1, 3, 5], 1)
+    residual: list[int] = wholes([], 1)
     activation: str = choice("silu", tuple(ACTIVATIONS))
     # the training
     epochs: int = whole(6, 1, 10_000)
@@ -196,7 +197,8 @@ class Settings:
         """The network of these parameters, freshly initialised."""
         return BlockNetwork(
             self.widths, self.branches, self.kernel_size, self.strides, self.gate,
-            self.stem_filters, self.stem_stride, self.pool_after, activation=self.activation,
+            self.stem_filters, self.stem_stride, self.pool_after, self.residual,
+            activation=self.activation,
         )  # fmt: skip
 
 

@@ -432,6 +432,23 @@ def test_network_runs_its_layers_in_order_and_each_once():
     ]
 
 
+def test_a_residual_link_adds_the_input_of_its_block_before_the_activation():
+    network = BlockNetwork([8, 8, 8], pool_after=[3], residual=[2]).eval()
+    x = torch.randn(2, 3, 16, 16)
+    first = network.between[0](network.blocks[0](x), x)
+    norm = network.between[1][0]
+    expected = nn.functional.silu(norm(network.blocks[1](first)) + first)
+    second = network.between[1](network.blocks[1](first), first)
+    torch.testing.assert_close(second, expected)
+    torch.testing.assert_close(network.between[0](first, x), network.between[0](first, 0 * x))
+    last = network.between[2](network.blocks[2](second), second)
+    torch.testing.assert_close(network(x), network.output(last))
+    assert [len(a) for a in network.gates(x)] == [2, 2, 2]
+    what = layer_table(network, 16)["what"]
+    assert what["after B2"] == "batch norm, block's input added, SiLU"
+    assert what["after B1"] == "batch norm, SiLU"
+
+
 def test_gates_are_those_that_the_blocks_use():
     network = BlockNetwork([8, 8], branches=[2, 3], normalise=False).eval()
     used = []
@@ -480,6 +497,10 @@ WRONG_NETWORKS = [
     ({"strides": [1, 0]}, ["strides=0", "at least 1"]),
     ({"pool_after": [3]}, ["pool_after=[3]", "1 to 2"]),
     ({"pool_after": [0]}, ["pool_after=[0]", "1 to 2"]),
+    ({"residual": [3]}, ["residual=[3]", "1 to 2"]),
+    ({"residual": [1]}, ["residual=[1]", "block 1", "another shape"]),
+    ({"residual": [2], "pool_after": [2]}, ["residual=[2]", "block 2", "another shape"]),
+    ({"residual": [2], "strides": [1, 2]}, ["residual=[2]", "block 2", "another shape"]),
     ({"activation": "tanh"}, ["activation='tanh'", "none, relu, gelu, silu"]),
     ({"stem_filters": 5}, ["filters=5", "even number from 2 to 96"]),
     ({"stem_filters": 98}, ["filters=98", "even number from 2 to 96"]),

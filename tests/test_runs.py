@@ -82,7 +82,7 @@ REFUSED = {
     "learning_rate": NOT_REAL, "momentum": (*NOT_REAL, 1), "adam_learning_rate": NOT_REAL,
     "label_smoothing": (*NOT_REAL, 1),
     "widths": (*NOT_WHOLES, []), "first_sizes": (*NOT_WHOLES, [33], [7]),
-    "pool_after": (*NOT_WHOLES, [7]),
+    "pool_after": (*NOT_WHOLES, [7]), "residual": (*NOT_WHOLES, [7], [3]),
     "branches": (*NOT_WHOLES, 0, [2]), "kernel_size": (*NOT_WHOLES, 2, [3, 2]),
     "strides": (*NOT_WHOLES, 0),
     "gate": (*NOT_A_NAME, "Softmax"), "activation": (*NOT_A_NAME, "swish"),
