@@ -160,10 +160,13 @@ def calibration(logits: Tensor, labels: Tensor, bins: int = 15) -> Calibration:
 
 @torch.inference_mode()
 def gates(network: nn.Module, images: ImageSet) -> list[Tensor]:
-    """The weights a of each intermediate block for each image: K tensors, N×L."""
+    """The weights a of each intermediate block for each image: K tensors, float32 N×L on the CPU,
+    with the network in evaluation mode."""
+    was_training = network.training
     network.eval()
     batches = [network.gates(x) for x, _ in evaluation_loader(images)]
-    return [torch.cat(block) for block in zip(*batches)]
+    network.train(was_training)
+    return [torch.cat(block).float().cpu() for block in zip(*batches)]
 
 
 def entropy(a: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-GATES = ("linear", "softmax", "sigmoid")
+GATES = ("linear", "softmax", "sigmoid", "constant", "uniform")
 FORMS = ("auto", "branches", "fused", "grouped", "winograd")
 ACTIVATIONS = {"none": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
@@ -69,13 +69,17 @@ class IntermediateBlock(nn.Module):
         stride: stride of every branch.
         gate: `"linear"` is the sheet's a, the output of the fully connected layer itself;
             `"softmax"` (Dynamic Convolution, arXiv 1912.03458) and `"sigmoid"` (CondConv,
-            arXiv 1904.04971) pass it through that function.
+            arXiv 1904.04971) pass it through that function. Two others, to compare with, do not
+            look at m: `"constant"` is the softmax of L learned numbers, `"uniform"` is 1/L.
         bias: whether the branches have biases; pointless where batch normalisation follows.
         form: how the sum is evaluated. `"branches"`: as written. `"fused"`: the same, with the
             weighted sum in one pass. Since convolution is linear, two others are the same
             function: `"grouped"`, one convolution of each image with its own kernel, (Σ aₗ·Wₗ)∗x;
             and `"winograd"` (3×3 and 1×1 kernels, stride 1), the sum inside Winograd's short
             convolution of tiles. `"auto"` takes the cheapest for the shapes at hand.
+
+    Attributes:
+        temperature: of the softmax, which is nearly uniform where it is high (arXiv 1912.03458).
 
     Raises:
         ValueError: an argument that is not allowed, named with its value and what is allowed.
@@ -108,7 +112,7 @@ class IntermediateBlock(nn.Module):
                 f"form='winograd' is not allowed with kernel_size={kernel_size!r} and "
                 f"stride={stride}; it needs 3×3 kernels and stride 1."
             )
-        self.gate_function = gate
+        self.gate_function, self.temperature = gate, 1.0
         self.form = form
         self.stride = stride
         self.branches = nn.ModuleList(
@@ -122,22 +126,25 @@ class IntermediateBlock(nn.Module):
         """Let every a start at 1/L: the branches differ by their random kernels, not by a.
 
         A linear a with random weights would start with a random sign and scale for each image.
+        What a constant or uniform a does not learn stays at its start for good.
         """
         L = len(self.branches)
-        start = {"linear": 1 / L, "softmax": 0.0, "sigmoid": -math.log(L - 1) if L > 1 else 0.0}
+        start = {"linear": 1 / L, "sigmoid": -math.log(L - 1) if L > 1 else 0.0}
         nn.init.zeros_(self.fc.weight)
-        nn.init.constant_(self.fc.bias, start[self.gate_function])
+        nn.init.constant_(self.fc.bias, start.get(self.gate_function, 0.0))
+        self.fc.weight.requires_grad_(self.gate_function not in ("constant", "uniform"))
+        self.fc.bias.requires_grad_(self.gate_function != "uniform")
 
     def gate(self, x: Tensor) -> Tensor:
         """The weights a, b×L, of the branches for each image of x, b×c×h×w."""
         check_images("x", x, self.fc.in_features)
         m = x.mean(dim=(2, 3))
         a = self.fc(m)
-        if self.gate_function == "softmax":
-            return a.softmax(dim=1)
+        if self.gate_function == "linear":
+            return a
         if self.gate_function == "sigmoid":
             return a.sigmoid()
-        return a
+        return (a / self.temperature).softmax(dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """x′, b×out_channels×⌈h/stride⌉×⌈w/stride⌉."""

@@ -142,6 +142,7 @@ class Settings:
     kernel_size: int | list[int] = wholes([3, 1], 1, 31, single=True)
     strides: int | list[int] = wholes(1, 1, 4, single=True)
     gate: str = choice("softmax", GATES)
+    temperature: float = real(1.0, 1.0, 1000.0)  # of the softmax in the first epoch
     stem_filters: int = whole(24, 0, 96)
     stem_stride: int = whole(1, 1, 2)
     pool_after: list[int] = wholes([1, 3, 5], 1)
@@ -172,6 +173,10 @@ class Settings:
                 f"Parameter first_sizes = {self.first_sizes!r}: it must have fewer sizes than the "
                 f"run has epochs ({self.epochs}), since the last epoch sees whole images."
             )
+        if self.temperature > 1 and self.gate != "softmax":
+            raise ParameterError(
+                f"Parameter temperature = {self.temperature!r}: gate {self.gate} has none; use 1.0."
+            )
         with torch.device("meta"):  # shapes only: what fits is known before any image is read
             try:
                 network = self.network()
@@ -192,6 +197,11 @@ class Settings:
         """Height and width in pixels of the training images in an epoch, counted from 1."""
         small = epoch <= len(self.first_sizes)
         return self.first_sizes[epoch - 1] if small else IMAGE_SIZE
+
+    def temperature_in(self, epoch: int) -> float:
+        """Of the gates in an epoch, counted from 1: it falls linearly, and is 1 in the second half
+        of the run (Dynamic Convolution, arXiv 1912.03458, lets it fall over its first epochs)."""
+        return 1 + (self.temperature - 1) * max(0.0, 1 - 2 * (epoch - 1) / self.epochs)
 
     def network(self) -> nn.Module:
         """The network of these parameters, freshly initialised."""
