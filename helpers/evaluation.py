@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -177,6 +178,23 @@ def entropy(a: Tensor) -> Tensor:
     """
     share = a.abs() / a.abs().sum(dim=1, keepdim=True)
     return torch.special.entr(share).sum(dim=1) / np.log(a.shape[1])
+
+
+def leading_shares(a: Tensor) -> Tensor:
+    """The share of the images for which each branch has the largest |aₗ|, L."""
+    return a.abs().argmax(dim=1).bincount(minlength=a.shape[1]) / len(a)
+
+
+def kernel_similarity(block: nn.Module) -> Tensor:
+    """The mean cosine between the kernels of any two branches with kernels of one size, each bank
+    out×in×k×k taken as one vector; NaN where there are no two such branches."""
+    banks = [branch.weight.detach().flatten() for branch in block.branches]
+    cosines = [
+        torch.cosine_similarity(one, other, dim=0)
+        for one, other in itertools.combinations(banks, 2)
+        if one.shape == other.shape
+    ]
+    return torch.stack(cosines).mean() if cosines else torch.tensor(float("nan"))
 
 
 def class_means(a: Tensor, labels: Tensor) -> Tensor:

@@ -744,15 +744,25 @@ def by_cost(dataset: str = "cifar10") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).sort_values("minutes", ignore_index=True)
 
 
-def training_work(run: Run) -> float:
-    """The multiply-adds of a whole training, forward and backward, as the formula is written."""
-    settings = settings_of(run)
+def training_work(run: Run, how: str = "as written") -> float:
+    """The multiply-adds of a whole training: see `work_of`."""
     images = run.history["images_per_second"] * run.history["seconds"]
+    return work_of(settings_of(run), images.tolist(), how)
+
+
+def work_of(settings: Settings, images: list[float], how: str = "as written") -> float:
+    """The multiply-adds, forward and backward, of epochs of so many images each.
+
+    Args:
+        images: seen in each epoch.
+        how: `"as written"`, or `"as evaluated"`: in the forms that the blocks take on a CPU.
+    """
+    sizes = [settings.image_size(epoch) for epoch in range(1, len(images) + 1)]
     work = 0.0
-    for size, seen in images.groupby(run.history["epoch"].map(settings.image_size)).sum().items():
-        with torch.device("meta"):
-            layers = layer_table(settings.network(), size)
-        work += 3.0 * float(layers["multiply-adds as written"].sum()) * seen
+    for size in set(sizes):
+        with torch.device("meta" if how == "as written" else "cpu"):  # the forms are the CPU's
+            forward = layer_table(settings.network(), size)[f"multiply-adds {how}"].sum()
+        work += 3.0 * float(forward) * sum(n for n, own in zip(images, sizes) if own == size)
     return work
 
 

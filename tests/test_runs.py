@@ -173,7 +173,8 @@ def test_a_name_that_papermill_injects_and_nobody_knows_is_refused() -> None:
 
 
 def test_presets_are_complete_and_pass_the_checks() -> None:
-    assert {path.stem for path in PRESETS} == {"smoke", "eight-minutes", "quick", "hour", "full"}
+    expected = {"smoke", "eight-minutes", "quick", "hour", "full", "study"}
+    assert {path.stem for path in PRESETS} == expected
     for path in PRESETS:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         settings = Settings(**values)
