@@ -360,14 +360,6 @@ def title(notebook: NotebookNode) -> str:
 
 def overview(run: runs.Run, durations: dict[str, float]) -> NotebookNode:
     """The first page, as a notebook: what came out, how long each notebook took, with what."""
-    metrics = run.metrics
-    dataset = "CIFAR-10" if metrics["dataset"] == "cifar10" else "the stand-in"
-    accuracy = (
-        f"**Test accuracy on {dataset}: {metrics['test_accuracy']:.2%}**, without test-time "
-        "augmentation"
-    )
-    if metrics.get("test_accuracy_tta") is not None:
-        accuracy += f" ({metrics['test_accuracy_tta']:.2%} with it)"
     rows = [
         f"| [{name.replace('_', ' ')}]({name}.ipynb) | {duration(seconds)} |"
         for name, seconds in durations.items()
@@ -376,8 +368,7 @@ def overview(run: runs.Run, durations: dict[str, float]) -> NotebookNode:
     text = [
         "# A network of input-weighted convolution blocks",
         "",
-        f"{accuracy}, after {duration(metrics['train_seconds'])} of training on {machine_of(run)}; "
-        f"{metrics['parameters']:,} parameters.",
+        result(run),
         "",
         *("| Notebook | Time |", "|:--|--:|", *rows),
         "",
@@ -390,6 +381,22 @@ def overview(run: runs.Run, durations: dict[str, float]) -> NotebookNode:
         *("| Parameter | Value |", "|:--|:--|", *values),
     ]
     return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("\n".join(text))])
+
+
+def result(run: runs.Run) -> str:
+    """What came out, in a sentence."""
+    metrics = run.metrics
+    dataset = "CIFAR-10" if metrics["dataset"] == "cifar10" else "the stand-in"
+    accuracy = (
+        f"**Test accuracy on {dataset}: {metrics['test_accuracy']:.2%}**, without test-time "
+        "augmentation"
+    )
+    if metrics.get("test_accuracy_tta") is not None:
+        accuracy += f" ({metrics['test_accuracy_tta']:.2%} with it)"
+    return (
+        f"{accuracy}, after {duration(metrics['train_seconds'])} of training on {machine_of(run)}; "
+        f"{metrics['parameters']:,} parameters."
+    )
 
 
 # ---- the PDF
