@@ -61,7 +61,7 @@ def make_notebook() -> NotebookNode:
     notebook = new_notebook(metadata=dict(chapters[0].metadata))
     notebook.cells = [
         new_markdown_cell(INTRODUCTION.format(result=report.result(runs.read(report.own_run())))),
-        new_markdown_cell(CODE), code("from pathlib import Path\n\nPath('helpers').mkdir()"),
+        new_markdown_cell(CODE), code("from pathlib import Path\n\nPath('helpers').mkdir(exist_ok=True)"),
         *(cell for name in MODULES for cell in module_cells(name)),
         new_markdown_cell(START), *starting_cells(chapters),
         *(cell for chapter in chapters for cell in chapter_cells(chapter)),

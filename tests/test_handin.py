@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import re
 import subprocess
@@ -63,7 +64,7 @@ def test_the_story_is_whole_and_told_once(notebook: nbformat.NotebookNode) -> No
 def test_prose_stands_before_code_as_in_the_notebooks(notebook: nbformat.NotebookNode) -> None:
     cells = notebook.cells
     told = [
-        before.cell_type == "markdown" for before, cell in zip(cells, cells[1:])
+        before.cell_type == "markdown" for before, cell in itertools.pairwise(cells)
         if cell.cell_type == "code"
     ]  # fmt: skip
     assert sum(told) > 0.9 * len(told)
@@ -75,10 +76,8 @@ def test_the_zip_holds_one_folder_with_two_files(
     monkeypatch.setattr(report, "REPORT", tmp_path / "report")
     handin.write()
     with zipfile.ZipFile(tmp_path / "report" / "handin.zip") as archive:
-        assert archive.namelist() == [
-            f"{handin.FOLDER}/report.ipynb",
-            f"{handin.FOLDER}/report.pdf",
-        ]
+        expected = [f"{handin.FOLDER}/{name}" for name in ("report.ipynb", "report.pdf")]
+        assert archive.namelist() == expected
         assert archive.testzip() is None
         assert archive.read(f"{handin.FOLDER}/report.pdf").startswith(b"%PDF")
 
