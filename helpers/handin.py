@@ -21,7 +21,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from helpers import data, report, runs
 
 FOLDER = "input-weighted-convolution"  # in the zip
-MODULES = ("__init__", "data", "augment", "model", "evaluation", "runs", "training", "figures")
+MODULES = (
+    "__init__", "data", "augment", "model", "evaluation", "probing", "runs", "training", "figures",
+)  # fmt: skip
 # What a chapter does not repeat, because it stands at the notebook's top, and what only those who
 # have the whole project can run.
 AT_THE_TOP = ("import sys\nfrom pathlib import Path", "settings = runs.check", "images = data.load")
@@ -61,7 +63,8 @@ def make_notebook() -> NotebookNode:
     notebook = new_notebook(metadata=dict(chapters[0].metadata))
     notebook.cells = [
         new_markdown_cell(INTRODUCTION.format(result=report.result(runs.read(report.own_run())))),
-        new_markdown_cell(CODE), code("from pathlib import Path\n\nPath('helpers').mkdir(exist_ok=True)"),
+        new_markdown_cell(CODE),
+        code("from pathlib import Path\n\nPath('helpers').mkdir(exist_ok=True)"),
         *(cell for name in MODULES for cell in module_cells(name)),
         new_markdown_cell(START), *starting_cells(chapters),
         *(cell for chapter in chapters for cell in chapter_cells(chapter)),
