@@ -31,6 +31,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from helpers import data, evaluation, model, runs
 from helpers.evaluation import mean_and_deviation
+from helpers.explorer import write_explorer
 
 NOTEBOOKS = data.ROOT / "notebooks"
 REPORT = data.ROOT / "report"
@@ -105,6 +106,7 @@ def make_report(preset: str, seed: int) -> Path:
             keep(notebook, run)
     finished, index = runs.read(run), folder / "index.html"
     render(overview(finished, durations), index, dataset)
+    write_explorer(finished, images, folder / "explorer.html")
     make_pdf(finished, figures, folder / "report.pdf")
     return index
 
@@ -344,7 +346,11 @@ def render(notebook: NotebookNode, target: Path, dataset: str) -> None:
     resources = {
         "metadata": {"name": title(notebook) + " (stand-in data)" * stand_in},
         "stand_in": STAND_IN if stand_in else "",
-        "pages": [("index", "Overview"), *((name, name.replace("_", " ")) for name in SEQUENCE)],
+        "pages": [
+            ("index", "Overview"),
+            *((name, name.replace("_", " ")) for name in SEQUENCE),
+            ("explorer", "explorer"),
+        ],
     }
     html, _ = PageExporter().from_notebook_node(notebook, resources)
     for name in SEQUENCE:  # links from notebook to notebook become links from page to page
@@ -372,7 +378,8 @@ def overview(run: runs.Run, durations: dict[str, float]) -> NotebookNode:
         "",
         *("| Notebook | Time |", "|:--|--:|", *rows),
         "",
-        "The same on three pages of paper: [report.pdf](report.pdf).",
+        "The same on three pages of paper: [report.pdf](report.pdf). Single test images, with the "
+        "network's answers and the weights a: [explorer](explorer.html).",
         "",
         "## Parameters of this run",
         "",
