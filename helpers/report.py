@@ -277,40 +277,7 @@ def texts(output: NotebookNode) -> list[str]:
 
 # What the lab template of nbconvert loads from the network (require.js, MathJax, Mermaid) is left
 # out: the page is one file, and the browser draws formulas from MathML.
-PAGE = """
-{%- extends 'lab/index.html.j2' -%}
-{%- block html_head_js -%}{%- endblock -%}
-{%- block html_head_js_mathjax -%}{%- endblock -%}
-{%- block html_head_js_mermaidjs -%}{%- endblock -%}
-{%- block html_head_css -%}
-<style>
-  body.jp-Notebook { margin: 0; padding: 0; }
-  main, nav { max-width: 60rem; margin: 0 auto; padding: 0 1rem; }
-  nav { padding-top: 1rem; font: 0.9rem sans-serif; }
-  nav a { margin-right: 1.5em; color: #0b5394; }
-  .stand-in { position: sticky; top: 0; z-index: 9; margin: 0; padding: 0.8rem;
-    background: #b00020; color: white; font: bold 1.1rem sans-serif; text-align: center; }
-  .jp-RenderedHTMLCommon { font-size: 1rem; line-height: 1.5; }
-  .jp-InputArea pre { white-space: pre-wrap; }
-  math { font-family: "STIX Two Math", "Cambria Math", "Latin Modern Math", math; }
-  math[display=block] { margin: 1em 0; }
-  .jp-OutputArea-output img, .jp-OutputArea-output svg { max-width: 100%; height: auto; }
-</style>
-{%- endblock -%}
-{%- block body_header -%}
-<body class="jp-Notebook" data-jp-theme-light="true">
-{% if resources.stand_in %}<p class="stand-in" role="alert">{{ resources.stand_in }}</p>{% endif %}
-<nav>
-{% for page, text in resources.pages %}<a href="{{ page }}.html">{{ text }}</a>{% endfor %}
-</nav>
-<main>
-{%- endblock -%}
-{%- block data_latex -%}
-<div class="jp-RenderedLatex jp-OutputArea-output">
-{{ output.data['text/latex'] | markdown2html }}
-</div>
-{%- endblock -%}
-"""
+PAGE = Path(__file__).with_name("page.html.j2")
 STAND_IN = "STAND-IN DATA, not CIFAR-10: the numbers on this page say nothing about CIFAR-10."
 
 
@@ -331,8 +298,8 @@ class PageExporter(HTMLExporter):
     """A notebook to a page that needs nothing beside itself, network included."""
 
     def __init__(self) -> None:
-        loader = DictLoader({"page.html.j2": PAGE})
-        super().__init__(template_file="page.html.j2", extra_loaders=[loader], embed_images=True)
+        loader = DictLoader({PAGE.name: PAGE.read_text(encoding="utf-8")})
+        super().__init__(template_file=PAGE.name, extra_loaders=[loader], embed_images=True)
 
     @pass_context
     def markdown2html(self, context, source: str) -> str:

@@ -112,12 +112,13 @@ def test_half_of_the_images_are_mistakes() -> None:
     assert len(numbers) == 100 and (numbers % 4 == 0).sum() == 50
     assert numbers.tolist() == sorted(set(numbers.tolist()))
     logits[8:] = 0.0  # two are left
-    assert (explorer.chosen(logits, labels, count=100) % 4 == 0)[:2].all()
+    numbers = explorer.chosen(logits, labels, count=100).tolist()
+    assert len(numbers) == 52 and {0, 4} <= set(numbers)
 
 
 def test_the_page_asks_nobody(page: tuple[Path, nn.Module]) -> None:
     text = page[0].read_text(encoding="utf-8")
-    assert not re.search(r"https?://|//[a-z]+\\.|@import|<link", text)
+    assert not re.search(r"https?://|//[a-z]+\.|@import|<link", text)
     assert text.count("<script") == 2 and "{{" not in text
 
 
