@@ -488,7 +488,10 @@ class Record:
         started again, it only has to be measured and written.
         """
         metrics = metrics | {"interruptions": self.interruptions}
-        weights = network.state_dict()
+        weights = {
+            name: value.half() if value.is_floating_point() else value  # exact: see round_to_half
+            for name, value in network.state_dict().items()
+        }
         whole = self.write(self.folder / "weights.pt", lambda file: torch.save(weights, file))
         whole = self.write_tables() and whole
         if whole and self.write(self.folder / "metrics.json", as_bytes(as_json(metrics))):

@@ -304,6 +304,8 @@ def train_and_record(
         except TrainingError as error:
             record.fail(str(error))
             raise
+        if underway.epoch == settings.epochs:
+            round_to_half(underway.network)
         often = settings.measure_training_every
         clean = underway.epoch % often == 0 or underway.epoch == settings.epochs
         row |= measure(underway.network, test, validation, training if clean else None)
@@ -376,6 +378,15 @@ def measure(
         else evaluation.accuracy(evaluation.predict(network, part, device), part.labels)
         for name, part in sets.items()
     }
+
+
+@torch.no_grad()
+def round_to_half(network: nn.Module) -> None:
+    """Round what was learned to half precision, in which it is kept: the last accuracy is then
+    that of the kept weights, to the image."""
+    for value in network.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(value.half())
 
 
 def gate_entropies(network: nn.Module, images: ImageSet) -> dict[str, float]:

@@ -91,6 +91,18 @@ def test_gates_are_warm_at_first_and_their_entropy_is_recorded(
     assert warm.history[columns].iloc[-1].tolist() == pytest.approx(measured)
 
 
+def test_the_kept_weights_are_those_that_were_measured(tiny_images: data.ImageData) -> None:
+    network, run = quiet(tiny_images, SMALL)
+    kept = torch.load(run.folder / "weights.pt", weights_only=True)
+    for name, value in network.state_dict().items():
+        assert kept[name].dtype == (torch.float16 if value.is_floating_point() else value.dtype)
+        assert torch.equal(kept[name].to(value.dtype), value), name
+    ours, loaded = (
+        evaluation.predict(one, tiny_images.test) for one in (network, runs.load_network(run))
+    )
+    assert torch.equal(ours, loaded)
+
+
 def test_training_leaves_the_global_generator_alone(tiny_images: data.ImageData) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
