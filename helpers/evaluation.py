@@ -14,7 +14,11 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.metrics import confusion_matrix
+from sklearn.model_selection import KFold, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from helpers.augment import mirror, shift
@@ -243,6 +247,27 @@ def kernel_similarity(block: nn.Module) -> Tensor:
 def class_means(a: Tensor, labels: Tensor) -> Tensor:
     """The mean weight of each branch over the images of each class, 10×L."""
     return torch.stack([a[labels.cpu() == c].mean(dim=0) for c in range(10)])
+
+
+def class_from_gates(a: Tensor, labels: Tensor, folds: int = 5) -> float:
+    """How far a block's a alone, N×L, tells the class: accuracy of a logistic regression on images
+    that it was not fitted to (cross-validation), a fraction of one."""
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    return float(cross_val_score(model, a.numpy(), labels.cpu().numpy(), cv=folds).mean())
+
+
+def explained_by_colour(a: Tensor, images: Tensor) -> float:
+    """The share of the variance of a block's a, N×L, that a linear function of the mean and the
+    standard deviation of red, green and blue explains, on images that it was not fitted to.
+
+    Args:
+        images: uint8 N×3×h×w.
+    """
+    pixels = images.cpu().flatten(2).float()
+    colour = torch.cat([pixels.mean(dim=2), pixels.std(dim=2)], dim=1)
+    model = make_pipeline(StandardScaler(), LinearRegression())
+    folds = KFold(5, shuffle=True, random_state=0)
+    return float(cross_val_score(model, colour.numpy(), a.numpy(), cv=folds, scoring="r2").mean())
 
 
 def with_replaced_gates(network: nn.Module, a: Sequence[Tensor], what: str) -> nn.Module:

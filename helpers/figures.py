@@ -661,6 +661,40 @@ def neighbours(
     return drawn
 
 
+# ---- 05 weights
+
+
+@figure
+def differences(compared: pd.DataFrame, base: str) -> Figure:
+    """The difference of every variant to `base` with its 95% interval, from `study.compare`."""
+    rows = 100 * compared.drop(index=base)[["difference", "low", "high"]]
+    drawn, axes = plt.subplots(figsize=(WIDTH, 0.33 * len(rows) + 0.9))
+    around = [rows["difference"] - rows["low"], rows["high"] - rows["difference"]]
+    axes.errorbar(
+        rows["difference"], range(len(rows)), xerr=around, fmt="o", color=VALIDATION, capsize=3
+    )
+    axes.axvline(0, color=REFERENCE, linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(rows)), rows.index)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"validation accuracy minus that of {base}, points, 95% interval")
+    axes.grid(axis="x", alpha=0.4)
+    return drawn
+
+
+@figure
+def entropies_by_epoch(history: pd.DataFrame) -> Figure:
+    """The mean entropy of each block's a after each epoch, as a share of its maximum."""
+    columns = [name for name in history if name.startswith("entropy_")]
+    drawn, axes = plt.subplots()
+    for name, colour in zip(columns, sns.color_palette("viridis", len(columns))):
+        block = name.removeprefix("entropy_")
+        axes.plot(history["epoch"], history[name], "o-", color=colour, label=block)
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axes.set(xlabel="epoch", ylabel="entropy of a (share of log L)", ylim=(0, 1.03))
+    axes.legend(ncols=3)
+    return drawn
+
+
 @figure
 def gates_by_class(
     means: Sequence[Tensor], names: Sequence[str], kernels: Sequence[Sequence[str]]
