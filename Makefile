@@ -9,7 +9,7 @@ BIN := .venv/bin
 # Touched when everything in requirements.txt is installed; newer requirements install again.
 READY := .venv/.ready
 
-.PHONY: help report test lab publish bench soak
+.PHONY: help report test lab publish bench study soak handin
 
 help:  ## this list
 	@echo "make <target>, where <target> is one of"
@@ -23,11 +23,17 @@ test: $(READY)  ## check the style and run all tests
 	@$(BIN)/ruff format --check .
 	@$(BIN)/python -m pytest
 
+handin: $(READY)  ## the zip to be handed in: the PDF and one notebook that needs nothing else
+	@$(BIN)/python -m helpers.handin
+
 lab: $(READY)  ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab --ServerApp.root_dir=. notebooks/01_data_exploration.ipynb
 
 bench: $(READY)  ## measure blocks and steps on an idle machine: about half an hour
 	@$(BIN)/python -m helpers.bench
+
+study: $(READY)  ## does a matter? runs on held-out images; those that are there are passed over
+	@$(BIN)/python -m helpers.study
 
 soak: $(READY)  ## kill a run a hundred times: are its bits those of an undisturbed one?
 	@$(BIN)/python tests/soak.py

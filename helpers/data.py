@@ -465,6 +465,20 @@ def evaluation_loader(images: ImageSet, batch_size: int = 500) -> DataLoader:
 # ---- neighbours
 
 
+NEAR = 0.4  # relative distance below which notebook 01 takes two images for near-duplicates
+
+
+def near_duplicates(images: ImageData, limit: float = NEAR) -> Tensor:
+    """Which test images have a training image nearer than that, N booleans.
+
+    Args:
+        limit: root mean square distance of the pixels as a multiple of the standard deviation of
+            the test image's own pixels.
+    """
+    distance = nearest_training_images(images.test.images, images.train.images, count=1)[1][:, 0]
+    return distance / images.test.images.flatten(1).float().std(dim=1, correction=0) < limit
+
+
 def nearest_training_images(
     test_images: Tensor, train_images: Tensor, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.metrics import confusion_matrix
+from sklearn.model_selection import KFold, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from helpers.augment import mirror, shift
@@ -158,12 +166,55 @@ def calibration(logits: Tensor, labels: Tensor, bins: int = 15) -> Calibration:
     return Calibration(mean_sure, mean_right, count[filled], error)
 
 
+def fitted_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The T for which logits / T have the least cross-entropy (Guo et al., arXiv 1706.04599)."""
+
+    def loss(log_temperature: float) -> float:
+        return float(F.cross_entropy(logits.double() / math.exp(log_temperature), labels.cpu()))
+
+    return math.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x)
+
+
+def with_fitted_temperature(logits: Tensor, labels: Tensor) -> tuple[Tensor, list[float]]:
+    """Logits divided by a temperature that other images gave: each half's fits the other half.
+
+    So no image has a say in its own temperature, though no image was held out of the training.
+
+    Returns:
+        the divided logits, in their order, and the two temperatures.
+    """
+    halves = torch.arange(len(logits)) % 2 == 0, torch.arange(len(logits)) % 2 == 1
+    temperatures = [fitted_temperature(logits[half], labels.cpu()[half]) for half in halves]
+    divided = logits.clone()
+    for half, temperature in zip(halves, reversed(temperatures)):
+        divided[half] /= temperature
+    return divided, temperatures
+
+
+def answered(logits: Tensor, labels: Tensor) -> pd.DataFrame:
+    """Accuracy on the images of which the network is surest, for every number of them.
+
+    A row an image, surest first: `answered` (the share of images up to it), `accuracy` of those,
+    and `confidence` in its own answer; fractions of one.
+    """
+    sure, order = confidence(logits).sort(descending=True, stable=True)
+    right = (logits.argmax(dim=1) == labels.cpu())[order].double()
+    count = torch.arange(1, len(labels) + 1)
+    columns = {"answered": count / len(labels), "accuracy": right.cumsum(0) / count}
+    return pd.DataFrame({name: value.numpy() for name, value in columns.items()}).assign(
+        confidence=sure.numpy()
+    )
+
+
 @torch.inference_mode()
 def gates(network: nn.Module, images: ImageSet) -> list[Tensor]:
-    """The weights a of each intermediate block for each image: K tensors, N×L."""
+    """The weights a of each intermediate block for each image: K tensors, float32 N×L on the CPU,
+    with the network in evaluation mode."""
+    was_training = network.training
     network.eval()
     batches = [network.gates(x) for x, _ in evaluation_loader(images)]
-    return [torch.cat(block) for block in zip(*batches)]
+    network.train(was_training)
+    return [torch.cat(block).float().cpu() for block in zip(*batches)]
 
 
 def entropy(a: Tensor) -> Tensor:
@@ -176,9 +227,47 @@ def entropy(a: Tensor) -> Tensor:
     return torch.special.entr(share).sum(dim=1) / np.log(a.shape[1])
 
 
+def leading_shares(a: Tensor) -> Tensor:
+    """The share of the images for which each branch has the largest |aₗ|, L."""
+    return a.abs().argmax(dim=1).bincount(minlength=a.shape[1]) / len(a)
+
+
+def kernel_similarity(block: nn.Module) -> Tensor:
+    """The mean cosine between the kernels of any two branches with kernels of one size, each bank
+    out×in×k×k taken as one vector; NaN where there are no two such branches."""
+    banks = [branch.weight.detach().flatten() for branch in block.branches]
+    cosines = [
+        torch.cosine_similarity(one, other, dim=0)
+        for one, other in itertools.combinations(banks, 2)
+        if one.shape == other.shape
+    ]
+    return torch.stack(cosines).mean() if cosines else torch.tensor(float("nan"))
+
+
 def class_means(a: Tensor, labels: Tensor) -> Tensor:
     """The mean weight of each branch over the images of each class, 10×L."""
     return torch.stack([a[labels.cpu() == c].mean(dim=0) for c in range(10)])
+
+
+def class_from_gates(a: Tensor, labels: Tensor, folds: int = 5) -> float:
+    """How far a block's a alone, N×L, tells the class: accuracy of a logistic regression on images
+    that it was not fitted to (cross-validation), a fraction of one."""
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    return float(cross_val_score(model, a.numpy(), labels.cpu().numpy(), cv=folds).mean())
+
+
+def explained_by_colour(a: Tensor, images: Tensor) -> float:
+    """The share of the variance of a block's a, N×L, that a linear function of the mean and the
+    standard deviation of red, green and blue explains, on images that it was not fitted to.
+
+    Args:
+        images: uint8 N×3×h×w.
+    """
+    pixels = images.cpu().flatten(2).float()
+    colour = torch.cat([pixels.mean(dim=2), pixels.std(dim=2)], dim=1)
+    model = make_pipeline(StandardScaler(), LinearRegression())
+    folds = KFold(5, shuffle=True, random_state=0)
+    return float(cross_val_score(model, colour.numpy(), a.numpy(), cv=folds, scoring="r2").mean())
 
 
 def with_replaced_gates(network: nn.Module, a: Sequence[Tensor], what: str) -> nn.Module:

@@ -602,6 +602,100 @@ def reliability(measured: Calibration) -> Figure:
 
 
 @figure
+def answered(table: pd.DataFrame) -> Figure:
+    """Accuracy against the share of images that are answered, from `evaluation.answered`."""
+    drawn, axes = plt.subplots()
+    shares = table[table["answered"] >= 0.01]  # the first few jump
+    axes.plot(100 * shares["answered"], 100 * shares["accuracy"], color=TEST)
+    axes.set(xlabel="share of test images answered in %, surest first", ylabel="accuracy in %")
+    axes.grid(alpha=0.4)
+    return drawn
+
+
+@figure
+def robustness(table: pd.DataFrame) -> Figure:
+    """Accuracy on worse and worse images, a panel a corruption, from `probing.robustness`."""
+    kinds = table["corruption"].unique()
+    drawn, panels = plt.subplots(1, len(kinds), figsize=(1.3 * WIDTH, 2.9), sharey=True)
+    for axes, kind in zip(panels, kinds):
+        rows = table[table["corruption"] == kind]
+        around = 100 * np.array([rows["accuracy"] - rows["low"], rows["high"] - rows["accuracy"]])
+        axes.errorbar(
+            rows["step"], 100 * rows["accuracy"], around, fmt="o-", color=TEST, markersize=4
+        )
+        names = ["none", *(f"{strength:g}" for strength in rows["strength"].iloc[1:])]
+        axes.set_xticks(rows["step"], names, rotation=60, fontsize=9)
+        axes.set_xlabel(kind)
+        axes.grid(axis="y", alpha=0.4)
+    panels[0].set_ylabel("test accuracy in %")
+    return drawn
+
+
+@figure
+def occlusions(images: Tensor, losses: Sequence[Tensor], titles: Sequence[str]) -> Figure:
+    """Images, uint8 n×3×h×w, above what covering each place costs the answer's probability."""
+    n, most = len(images), max(float(loss.abs().max()) for loss in losses)
+    drawn, panels = plt.subplots(2, n, figsize=(1.3 * WIDTH, 3.3), squeeze=False)
+    for column, (image, loss, title) in enumerate(zip(images, losses, titles)):
+        _picture(panels[0, column], image)
+        panels[0, column].set_title(title, fontsize=9)
+        shown = panels[1, column].imshow(loss, cmap="RdBu_r", vmin=-most, vmax=most)
+        panels[1, column].set(xticks=[], yticks=[])
+    drawn.colorbar(shown, ax=panels[1, :], label="lost", fraction=0.05)
+    return drawn
+
+
+@figure
+def neighbours(
+    images: Tensor, titles: Sequence[str], near: Tensor, near_titles: Sequence[Sequence[str]]
+) -> Figure:
+    """Images, uint8 n×3×h×w, each at the left of its row of neighbours, n×k×3×h×w."""
+    n, k = near.shape[:2]
+    drawn, panels = plt.subplots(n, k + 1, figsize=(WIDTH, 1.45 * n), squeeze=False)
+    for row, image, title, others, names in zip(panels, images, titles, near, near_titles):
+        _picture(row[0], image)
+        row[0].set_title(title, fontsize=8, color=COLOURS[3])
+        for axes, other, name in zip(row[1:], others, names):
+            _picture(axes, other)
+            axes.set_title(name, fontsize=8)
+    return drawn
+
+
+# ---- 05 weights
+
+
+@figure
+def differences(compared: pd.DataFrame, base: str) -> Figure:
+    """The difference of every variant to `base` with its 95% interval, from `study.compare`."""
+    rows = 100 * compared.drop(index=base)[["difference", "low", "high"]]
+    drawn, axes = plt.subplots(figsize=(WIDTH, 0.33 * len(rows) + 0.9))
+    around = [rows["difference"] - rows["low"], rows["high"] - rows["difference"]]
+    axes.errorbar(
+        rows["difference"], range(len(rows)), xerr=around, fmt="o", color=VALIDATION, capsize=3
+    )
+    axes.axvline(0, color=REFERENCE, linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(rows)), rows.index)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"validation accuracy minus that of {base}, points, 95% interval")
+    axes.grid(axis="x", alpha=0.4)
+    return drawn
+
+
+@figure
+def entropies_by_epoch(history: pd.DataFrame) -> Figure:
+    """The mean entropy of each block's a after each epoch, as a share of its maximum."""
+    columns = [name for name in history if name.startswith("entropy_")]
+    drawn, axes = plt.subplots()
+    for name, colour in zip(columns, sns.color_palette("viridis", len(columns))):
+        block = name.removeprefix("entropy_")
+        axes.plot(history["epoch"], history[name], "o-", color=colour, label=block)
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axes.set(xlabel="epoch", ylabel="entropy of a (share of log L)", ylim=(0, 1.03))
+    axes.legend(ncols=3)
+    return drawn
+
+
+@figure
 def gates_by_class(
     means: Sequence[Tensor], names: Sequence[str], kernels: Sequence[Sequence[str]]
 ) -> Figure:

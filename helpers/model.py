@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-GATES = ("linear", "softmax", "sigmoid")
+GATES = ("linear", "softmax", "sigmoid", "constant", "uniform")
 FORMS = ("auto", "branches", "fused", "grouped", "winograd")
 ACTIVATIONS = {"none": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
@@ -69,13 +69,17 @@ class IntermediateBlock(nn.Module):
         stride: stride of every branch.
         gate: `"linear"` is the sheet's a, the output of the fully connected layer itself;
             `"softmax"` (Dynamic Convolution, arXiv 1912.03458) and `"sigmoid"` (CondConv,
-            arXiv 1904.04971) pass it through that function.
+            arXiv 1904.04971) pass it through that function. Two others, to compare with, do not
+            look at m: `"constant"` is the softmax of L learned numbers, `"uniform"` is 1/L.
         bias: whether the branches have biases; pointless where batch normalisation follows.
         form: how the sum is evaluated. `"branches"`: as written. `"fused"`: the same, with the
             weighted sum in one pass. Since convolution is linear, two others are the same
             function: `"grouped"`, one convolution of each image with its own kernel, (Σ aₗ·Wₗ)∗x;
             and `"winograd"` (3×3 and 1×1 kernels, stride 1), the sum inside Winograd's short
             convolution of tiles. `"auto"` takes the cheapest for the shapes at hand.
+
+    Attributes:
+        temperature: of the softmax, which is nearly uniform where it is high (arXiv 1912.03458).
 
     Raises:
         ValueError: an argument that is not allowed, named with its value and what is allowed.
@@ -108,7 +112,7 @@ class IntermediateBlock(nn.Module):
                 f"form='winograd' is not allowed with kernel_size={kernel_size!r} and "
                 f"stride={stride}; it needs 3×3 kernels and stride 1."
             )
-        self.gate_function = gate
+        self.gate_function, self.temperature = gate, 1.0
         self.form = form
         self.stride = stride
         self.branches = nn.ModuleList(
@@ -122,22 +126,25 @@ class IntermediateBlock(nn.Module):
         """Let every a start at 1/L: the branches differ by their random kernels, not by a.
 
         A linear a with random weights would start with a random sign and scale for each image.
+        What a constant or uniform a does not learn stays at its start for good.
         """
         L = len(self.branches)
-        start = {"linear": 1 / L, "softmax": 0.0, "sigmoid": -math.log(L - 1) if L > 1 else 0.0}
+        start = {"linear": 1 / L, "sigmoid": -math.log(L - 1) if L > 1 else 0.0}
         nn.init.zeros_(self.fc.weight)
-        nn.init.constant_(self.fc.bias, start[self.gate_function])
+        nn.init.constant_(self.fc.bias, start.get(self.gate_function, 0.0))
+        self.fc.weight.requires_grad_(self.gate_function not in ("constant", "uniform"))
+        self.fc.bias.requires_grad_(self.gate_function != "uniform")
 
     def gate(self, x: Tensor) -> Tensor:
         """The weights a, b×L, of the branches for each image of x, b×c×h×w."""
         check_images("x", x, self.fc.in_features)
         m = x.mean(dim=(2, 3))
         a = self.fc(m)
-        if self.gate_function == "softmax":
-            return a.softmax(dim=1)
+        if self.gate_function == "linear":
+            return a
         if self.gate_function == "sigmoid":
             return a.sigmoid()
-        return a
+        return (a / self.temperature).softmax(dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """x′, b×out_channels×⌈h/stride⌉×⌈w/stride⌉."""
@@ -533,6 +540,8 @@ class BlockNetwork(nn.Module):
         stem_filters: filters of the `WhiteningStem` before B1, or 0 for no stem.
         stem_stride: its stride, see there.
         pool_after: numbers (from 1) of the blocks after which 2×2 max-pooling halves the map.
+        residual: numbers of the blocks whose input is added to their normalised output, before
+            the activation (He et al., arXiv 1512.03385).
         normalise: whether batch normalisation follows each block (scale fixed at 1).
         activation: after each block (and the stem): `"none"`, `"relu"`, `"gelu"` or `"silu"`.
         hidden: units of the output block's hidden layers.
@@ -553,6 +562,7 @@ class BlockNetwork(nn.Module):
         stem_filters: int = 0,
         stem_stride: int = 2,
         pool_after: Sequence[int] = (),
+        residual: Sequence[int] = (),
         normalise: bool = True,
         activation: str = "silu",
         hidden: Sequence[int] = (),
@@ -568,10 +578,10 @@ class BlockNetwork(nn.Module):
         K = len(widths)
         Ls = one_for_each("branches", branches, K, "blocks")
         steps = one_for_each("strides", strides, K, "blocks")
-        for number in pool_after:
-            if number not in range(1, K + 1):
+        for argument, numbers in (("pool_after", pool_after), ("residual", residual)):
+            if not set(numbers) <= set(range(1, K + 1)):
                 raise ValueError(
-                    f"pool_after={list(pool_after)!r} is not allowed; blocks are 1 to {K}."
+                    f"{argument}={list(numbers)!r} is not allowed; blocks are 1 to {K}."
                 )
         stem: list[nn.Module] = []
         if stem_filters:
@@ -580,6 +590,12 @@ class BlockNetwork(nn.Module):
         channels = [stem_filters or 3, *widths]
         self.blocks, self.between = nn.ModuleList(), nn.ModuleList()
         for k in range(K):
+            reshaped = channels[k] != channels[k + 1] or steps[k] > 1 or k + 1 in pool_after
+            if k + 1 in residual and reshaped:
+                raise ValueError(
+                    f"residual={list(residual)!r} is not allowed; block {k + 1} gives a map of "
+                    "another shape than its input's, so that they cannot be added."
+                )
             self.blocks.append(
                 IntermediateBlock(
                     channels[k], channels[k + 1], Ls[k], kernel_size, steps[k], gate,
@@ -589,7 +605,8 @@ class BlockNetwork(nn.Module):
             after: list[nn.Module] = [nn.MaxPool2d(2)] if k + 1 in pool_after else []
             if normalise:
                 after.append(BatchNorm(channels[k + 1]))
-            self.between.append(nn.Sequential(*after, ACTIVATIONS[activation]()))
+            after.append(ACTIVATIONS[activation]())
+            self.between.append(Between(*after, residual=k + 1 in residual))
         self.output = OutputBlock(channels[-1], classes, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -597,7 +614,7 @@ class BlockNetwork(nn.Module):
         check_images("x", x, 3)
         x = self.stem(x)
         for block, between in zip(self.blocks, self.between, strict=True):
-            x = between(block(x))
+            x = between(block(x), x)
         return self.output(x)
 
     def gates(self, x: Tensor) -> list[Tensor]:
@@ -607,13 +624,32 @@ class BlockNetwork(nn.Module):
         weights = []
         for block, between in zip(self.blocks, self.between, strict=True):
             weights.append(block.gate(x))
-            x = between(block(x))
+            x = between(block(x), x)
         return weights
 
     def fit_stem(self, images: Tensor) -> None:
         """Set the whitening filters, if there is a stem, from normalised training images."""
         if len(self.stem):
             self.stem[0].fit(images)
+
+
+class Between(nn.Sequential):
+    """What follows a block: pooling and normalisation, where they are asked for, and activation.
+
+    Args:
+        residual: whether the block's input is added before the activation, which is the last layer.
+    """
+
+    def __init__(self, *layers: nn.Module, residual: bool) -> None:
+        super().__init__(*layers)
+        self.residual = residual
+
+    def forward(self, x: Tensor, block_input: Tensor) -> Tensor:
+        """Of the block's output and of its input."""
+        *others, activation = self
+        for layer in others:
+            x = layer(x)
+        return activation(x + block_input if self.residual else x)
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -715,6 +751,9 @@ def _what_it_is(layer: nn.Module) -> str:
         case OutputBlock():
             units = [str(fc.out_features) for fc in layer.fc if isinstance(fc, nn.Linear)]
             return f"channel means, fully connected {' → '.join([str(layer.in_channels), *units])}"
+        case Between(residual=True):
+            *others, activation = map(_what_it_is, layer)
+            return ", ".join(filter(None, [*others, "block's input added", activation]))
         case nn.Sequential():
             return ", ".join(filter(None, map(_what_it_is, layer)))
         case WhiteningStem():

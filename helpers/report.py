@@ -31,6 +31,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from helpers import data, evaluation, model, runs
 from helpers.evaluation import mean_and_deviation
+from helpers.explorer import write_explorer
 
 NOTEBOOKS = data.ROOT / "notebooks"
 REPORT = data.ROOT / "report"
@@ -105,6 +106,7 @@ def make_report(preset: str, seed: int) -> Path:
             keep(notebook, run)
     finished, index = runs.read(run), folder / "index.html"
     render(overview(finished, durations), index, dataset)
+    write_explorer(finished, images, folder / "explorer.html")
     make_pdf(finished, figures, folder / "report.pdf")
     return index
 
@@ -275,40 +277,7 @@ def texts(output: NotebookNode) -> list[str]:
 
 # What the lab template of nbconvert loads from the network (require.js, MathJax, Mermaid) is left
 # out: the page is one file, and the browser draws formulas from MathML.
-PAGE = """
-{%- extends 'lab/index.html.j2' -%}
-{%- block html_head_js -%}{%- endblock -%}
-{%- block html_head_js_mathjax -%}{%- endblock -%}
-{%- block html_head_js_mermaidjs -%}{%- endblock -%}
-{%- block html_head_css -%}
-<style>
-  body.jp-Notebook { margin: 0; padding: 0; }
-  main, nav { max-width: 60rem; margin: 0 auto; padding: 0 1rem; }
-  nav { padding-top: 1rem; font: 0.9rem sans-serif; }
-  nav a { margin-right: 1.5em; color: #0b5394; }
-  .stand-in { position: sticky; top: 0; z-index: 9; margin: 0; padding: 0.8rem;
-    background: #b00020; color: white; font: bold 1.1rem sans-serif; text-align: center; }
-  .jp-RenderedHTMLCommon { font-size: 1rem; line-height: 1.5; }
-  .jp-InputArea pre { white-space: pre-wrap; }
-  math { font-family: "STIX Two Math", "Cambria Math", "Latin Modern Math", math; }
-  math[display=block] { margin: 1em 0; }
-  .jp-OutputArea-output img, .jp-OutputArea-output svg { max-width: 100%; height: auto; }
-</style>
-{%- endblock -%}
-{%- block body_header -%}
-<body class="jp-Notebook" data-jp-theme-light="true">
-{% if resources.stand_in %}<p class="stand-in" role="alert">{{ resources.stand_in }}</p>{% endif %}
-<nav>
-{% for page, text in resources.pages %}<a href="{{ page }}.html">{{ text }}</a>{% endfor %}
-</nav>
-<main>
-{%- endblock -%}
-{%- block data_latex -%}
-<div class="jp-RenderedLatex jp-OutputArea-output">
-{{ output.data['text/latex'] | markdown2html }}
-</div>
-{%- endblock -%}
-"""
+PAGE = Path(__file__).with_name("page.html.j2")
 STAND_IN = "STAND-IN DATA, not CIFAR-10: the numbers on this page say nothing about CIFAR-10."
 
 
@@ -329,8 +298,8 @@ class PageExporter(HTMLExporter):
     """A notebook to a page that needs nothing beside itself, network included."""
 
     def __init__(self) -> None:
-        loader = DictLoader({"page.html.j2": PAGE})
-        super().__init__(template_file="page.html.j2", extra_loaders=[loader], embed_images=True)
+        loader = DictLoader({PAGE.name: PAGE.read_text(encoding="utf-8")})
+        super().__init__(template_file=PAGE.name, extra_loaders=[loader], embed_images=True)
 
     @pass_context
     def markdown2html(self, context, source: str) -> str:
@@ -344,7 +313,11 @@ def render(notebook: NotebookNode, target: Path, dataset: str) -> None:
     resources = {
         "metadata": {"name": title(notebook) + " (stand-in data)" * stand_in},
         "stand_in": STAND_IN if stand_in else "",
-        "pages": [("index", "Overview"), *((name, name.replace("_", " ")) for name in SEQUENCE)],
+        "pages": [
+            ("index", "Overview"),
+            *((name, name.replace("_", " ")) for name in SEQUENCE),
+            ("explorer", "explorer"),
+        ],
     }
     html, _ = PageExporter().from_notebook_node(notebook, resources)
     for name in SEQUENCE:  # links from notebook to notebook become links from page to page
@@ -360,14 +333,6 @@ def title(notebook: NotebookNode) -> str:
 
 def overview(run: runs.Run, durations: dict[str, float]) -> NotebookNode:
     """The first page, as a notebook: what came out, how long each notebook took, with what."""
-    metrics = run.metrics
-    dataset = "CIFAR-10" if metrics["dataset"] == "cifar10" else "the stand-in"
-    accuracy = (
-        f"**Test accuracy on {dataset}: {metrics['test_accuracy']:.2%}**, without test-time "
-        "augmentation"
-    )
-    if metrics.get("test_accuracy_tta") is not None:
-        accuracy += f" ({metrics['test_accuracy_tta']:.2%} with it)"
     rows = [
         f"| [{name.replace('_', ' ')}]({name}.ipynb) | {duration(seconds)} |"
         for name, seconds in durations.items()
@@ -376,12 +341,12 @@ def overview(run: runs.Run, durations: dict[str, float]) -> NotebookNode:
     text = [
         "# A network of input-weighted convolution blocks",
         "",
-        f"{accuracy}, after {duration(metrics['train_seconds'])} of training on {machine_of(run)}; "
-        f"{metrics['parameters']:,} parameters.",
+        result(run),
         "",
         *("| Notebook | Time |", "|:--|--:|", *rows),
         "",
-        "The same on three pages of paper: [report.pdf](report.pdf).",
+        "The same on three pages of paper: [report.pdf](report.pdf). Single test images, with the "
+        "network's answers and the weights a: [explorer](explorer.html).",
         "",
         "## Parameters of this run",
         "",
@@ -390,6 +355,22 @@ def overview(run: runs.Run, durations: dict[str, float]) -> NotebookNode:
         *("| Parameter | Value |", "|:--|:--|", *values),
     ]
     return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("\n".join(text))])
+
+
+def result(run: runs.Run) -> str:
+    """What came out, in a sentence."""
+    metrics = run.metrics
+    dataset = "CIFAR-10" if metrics["dataset"] == "cifar10" else "the stand-in"
+    accuracy = (
+        f"**Test accuracy on {dataset}: {metrics['test_accuracy']:.2%}**, without test-time "
+        "augmentation"
+    )
+    if metrics.get("test_accuracy_tta") is not None:
+        accuracy += f" ({metrics['test_accuracy_tta']:.2%} with it)"
+    return (
+        f"{accuracy}, after {duration(metrics['train_seconds'])} of training on {machine_of(run)}; "
+        f"{metrics['parameters']:,} parameters."
+    )
 
 
 # ---- the PDF

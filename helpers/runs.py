@@ -142,9 +142,11 @@ class Settings:
     kernel_size: int | list[int] = wholes([3, 1], 1, 31, single=True)
     strides: int | list[int] = wholes(1, 1, 4, single=True)
     gate: str = choice("softmax", GATES)
+    temperature: float = real(1.0, 1.0, 1000.0)  # of the softmax in the first epoch
     stem_filters: int = whole(24, 0, 96)
     stem_stride: int = whole(1, 1, 2)
     pool_after: list[int] = wholes([1, 3, 5], 1)
+    residual: list[int] = wholes([], 1)
     activation: str = choice("silu", tuple(ACTIVATIONS))
     # the training
     epochs: int = whole(6, 1, 10_000)
@@ -171,6 +173,10 @@ class Settings:
                 f"Parameter first_sizes = {self.first_sizes!r}: it must have fewer sizes than the "
                 f"run has epochs ({self.epochs}), since the last epoch sees whole images."
             )
+        if self.temperature > 1 and self.gate != "softmax":
+            raise ParameterError(
+                f"Parameter temperature = {self.temperature!r}: gate {self.gate} has none; use 1.0."
+            )
         with torch.device("meta"):  # shapes only: what fits is known before any image is read
             try:
                 network = self.network()
@@ -192,11 +198,17 @@ class Settings:
         small = epoch <= len(self.first_sizes)
         return self.first_sizes[epoch - 1] if small else IMAGE_SIZE
 
+    def temperature_in(self, epoch: int) -> float:
+        """Of the gates in an epoch, counted from 1: it falls linearly, and is 1 in the second half
+        of the run (Dynamic Convolution, arXiv 1912.03458, lets it fall over its first epochs)."""
+        return 1 + (self.temperature - 1) * max(0.0, 1 - 2 * (epoch - 1) / self.epochs)
+
     def network(self) -> nn.Module:
         """The network of these parameters, freshly initialised."""
         return BlockNetwork(
             self.widths, self.branches, self.kernel_size, self.strides, self.gate,
-            self.stem_filters, self.stem_stride, self.pool_after, activation=self.activation,
+            self.stem_filters, self.stem_stride, self.pool_after, self.residual,
+            activation=self.activation,
         )  # fmt: skip
 
 
@@ -476,7 +488,10 @@ class Record:
         started again, it only has to be measured and written.
         """
         metrics = metrics | {"interruptions": self.interruptions}
-        weights = network.state_dict()
+        weights = {
+            name: value.half() if value.is_floating_point() else value  # exact: see round_to_half
+            for name, value in network.state_dict().items()
+        }
         whole = self.write(self.folder / "weights.pt", lambda file: torch.save(weights, file))
         whole = self.write_tables() and whole
         if whole and self.write(self.folder / "metrics.json", as_bytes(as_json(metrics))):
@@ -732,15 +747,25 @@ def by_cost(dataset: str = "cifar10") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).sort_values("minutes", ignore_index=True)
 
 
-def training_work(run: Run) -> float:
-    """The multiply-adds of a whole training, forward and backward, as the formula is written."""
-    settings = settings_of(run)
+def training_work(run: Run, how: str = "as written") -> float:
+    """The multiply-adds of a whole training: see `work_of`."""
     images = run.history["images_per_second"] * run.history["seconds"]
+    return work_of(settings_of(run), images.tolist(), how)
+
+
+def work_of(settings: Settings, images: list[float], how: str = "as written") -> float:
+    """The multiply-adds, forward and backward, of epochs of so many images each.
+
+    Args:
+        images: seen in each epoch.
+        how: `"as written"`, or `"as evaluated"`: in the forms that the blocks take on a CPU.
+    """
+    sizes = [settings.image_size(epoch) for epoch in range(1, len(images) + 1)]
     work = 0.0
-    for size, seen in images.groupby(run.history["epoch"].map(settings.image_size)).sum().items():
-        with torch.device("meta"):
-            layers = layer_table(settings.network(), size)
-        work += 3.0 * float(layers["multiply-adds as written"].sum()) * seen
+    for size in set(sizes):
+        with torch.device("meta" if how == "as written" else "cpu"):  # the forms are the CPU's
+            forward = layer_table(settings.network(), size)[f"multiply-adds {how}"].sum()
+        work += 3.0 * float(forward) * sum(n for n, own in zip(images, sizes) if own == size)
     return work
 
 

@@ -203,6 +203,8 @@ def train_epoch(
         TrainingError: a loss or weights that are not finite.
     """
     underway.network.train()
+    for block in underway.network.blocks:
+        block.temperature = settings.temperature_in(underway.epoch)
     count, begin = len(underway.loader), time.perf_counter() - underway.seconds
     saved = time.perf_counter()
     size = settings.image_size(underway.epoch)
@@ -302,9 +304,12 @@ def train_and_record(
         except TrainingError as error:
             record.fail(str(error))
             raise
+        if underway.epoch == settings.epochs:
+            round_to_half(underway.network)
         often = settings.measure_training_every
         clean = underway.epoch % often == 0 or underway.epoch == settings.epochs
         row |= measure(underway.network, test, validation, training if clean else None)
+        row |= gate_entropies(underway.network, test.subset(torch.arange(min(1000, len(test)))))
         record.add_epoch(row, underway.rows)
         record.say(progress(row, settings, sum(row["seconds"] for row in record.epochs)))
         underway.begin_epoch(underway.epoch + 1)
@@ -372,6 +377,23 @@ def measure(
         if part is None
         else evaluation.accuracy(evaluation.predict(network, part, device), part.labels)
         for name, part in sets.items()
+    }
+
+
+@torch.no_grad()
+def round_to_half(network: nn.Module) -> None:
+    """Round what was learned to half precision, in which it is kept: the last accuracy is then
+    that of the kept weights, to the image."""
+    for value in network.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(value.half())
+
+
+def gate_entropies(network: nn.Module, images: ImageSet) -> dict[str, float]:
+    """The mean entropy of each block's a, as a share of its maximum; NaN where L = 1."""
+    weights = evaluation.gates(network, images)
+    return {
+        f"entropy_B{k}": float(evaluation.entropy(a).mean()) for k, a in enumerate(weights, start=1)
     }
 
 

@@ -151,3 +151,21 @@ def test_replaced_gates_change_the_copy_only(tiny_images: data.ImageData) -> Non
     torch.testing.assert_close(evaluation.predict(network, tiny_images.test), own)
     with pytest.raises(ValueError, match="nothing"):
         evaluation.with_replaced_gates(network, a, "nothing")
+
+
+def test_the_class_is_told_from_a_that_knows_it_and_not_from_noise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(600) % 10
+    noise = torch.randn(600, 3, generator=generator)
+    assert evaluation.class_from_gates(noise, labels) < 0.2
+    telling = torch.nn.functional.one_hot(labels, 10) + 0.1 * torch.randn(600, 10)
+    assert evaluation.class_from_gates(telling, labels) > 0.95
+
+
+def test_colour_explains_what_is_made_of_it(tiny_images: data.ImageData) -> None:
+    images = tiny_images.train.images
+    red = images[:, 0].float().mean(dim=(1, 2))
+    made = torch.stack([red, -2 * red], dim=1)
+    assert evaluation.explained_by_colour(made, images) == pytest.approx(1, abs=0.01)
+    noise = torch.randn(len(images), 2, generator=torch.Generator().manual_seed(1))
+    assert evaluation.explained_by_colour(noise, images) < 0.1

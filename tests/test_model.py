@@ -210,8 +210,11 @@ def test_nothing_that_grows_with_images_times_branches_is_kept(form):
 # ---- the gate, and the defects of other answers
 
 
+COMPUTED = ("linear", "softmax", "sigmoid")  # the gates that look at the image
+
+
 def test_softmax_a_sums_to_one_and_linear_a_can_be_negative():
-    for gate in model.GATES:
+    for gate in COMPUTED:
         shape = (4, 3, 1, (4, 4), gate)
         a = block_of(shape).gate(random_maps(shape, 50))
         assert a.shape == (50, 4)
@@ -221,7 +224,7 @@ def test_softmax_a_sums_to_one_and_linear_a_can_be_negative():
         assert gate != "sigmoid" or bool(((a > 0) & (a < 1)).all())
 
 
-@pytest.mark.parametrize("gate", model.GATES)
+@pytest.mark.parametrize("gate", COMPUTED)
 @pytest.mark.parametrize("L", [1, 2, 5])
 def test_a_starts_at_one_over_L_but_can_leave_it(gate, L):
     shape = (L, 3, 1, (6, 6), gate)
@@ -232,6 +235,32 @@ def test_a_starts_at_one_over_L_but_can_leave_it(gate, L):
     (block(x) ** 2).sum().backward()
     alone = gate == "softmax" and L == 1  # always 1
     assert alone or block.fc.weight.grad.abs().min() > 0, "the branches start alike"
+
+
+@pytest.mark.parametrize("gate", ["constant", "uniform"])
+def test_a_that_does_not_look_at_the_image(gate):
+    """The same for all images, at the start and when it has learnt; uniform a never learns."""
+    assert set(model.GATES) == {*COMPUTED, "constant", "uniform"}
+    block, x = IntermediateBlock(3, 4, 3, gate=gate), torch.randn(5, 3, 6, 6)
+    learning = [p for p in block.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(learning, lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (block(x) ** 2).sum().backward()
+        optimizer.step()
+    a = block.gate(x)
+    torch.testing.assert_close(a.sum(dim=1), torch.ones(5))
+    assert (a == a[0]).all()
+    assert torch.equal(a[0], torch.full((3,), 1 / 3)) == (gate == "uniform")
+
+
+def test_temperature_divides_what_the_softmax_is_of():
+    block, x = IntermediateBlock(3, 4, 2, gate="softmax"), torch.randn(5, 3, 6, 6)
+    nn.init.normal_(block.fc.weight)
+    cold = block.gate(x)
+    block.temperature = 4.0
+    warm = block.gate(x)
+    torch.testing.assert_close(warm, (cold.log() / 4).softmax(dim=1))
 
 
 def test_a_weights_branches_not_channels():
@@ -432,6 +461,23 @@ def test_network_runs_its_layers_in_order_and_each_once():
     ]
 
 
+def test_a_residual_link_adds_the_input_of_its_block_before_the_activation():
+    network = BlockNetwork([8, 8, 8], pool_after=[3], residual=[2]).eval()
+    x = torch.randn(2, 3, 16, 16)
+    first = network.between[0](network.blocks[0](x), x)
+    norm = network.between[1][0]
+    expected = nn.functional.silu(norm(network.blocks[1](first)) + first)
+    second = network.between[1](network.blocks[1](first), first)
+    torch.testing.assert_close(second, expected)
+    torch.testing.assert_close(network.between[0](first, x), network.between[0](first, 0 * x))
+    last = network.between[2](network.blocks[2](second), second)
+    torch.testing.assert_close(network(x), network.output(last))
+    assert [len(a) for a in network.gates(x)] == [2, 2, 2]
+    what = layer_table(network, 16)["what"]
+    assert what["after B2"] == "batch norm, block's input added, SiLU"
+    assert what["after B1"] == "batch norm, SiLU"
+
+
 def test_gates_are_those_that_the_blocks_use():
     network = BlockNetwork([8, 8], branches=[2, 3], normalise=False).eval()
     used = []
@@ -480,6 +526,10 @@ WRONG_NETWORKS = [
     ({"strides": [1, 0]}, ["strides=0", "at least 1"]),
     ({"pool_after": [3]}, ["pool_after=[3]", "1 to 2"]),
     ({"pool_after": [0]}, ["pool_after=[0]", "1 to 2"]),
+    ({"residual": [3]}, ["residual=[3]", "1 to 2"]),
+    ({"residual": [1]}, ["residual=[1]", "block 1", "another shape"]),
+    ({"residual": [2], "pool_after": [2]}, ["residual=[2]", "block 2", "another shape"]),
+    ({"residual": [2], "strides": [1, 2]}, ["residual=[2]", "block 2", "another shape"]),
     ({"activation": "tanh"}, ["activation='tanh'", "none, relu, gelu, silu"]),
     ({"stem_filters": 5}, ["filters=5", "even number from 2 to 96"]),
     ({"stem_filters": 98}, ["filters=98", "even number from 2 to 96"]),

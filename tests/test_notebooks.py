@@ -26,7 +26,7 @@ from helpers import report, runs
 from helpers.data import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
-PRESETS = ("eight-minutes", "full", "hour", "quick", "smoke")
+PRESETS = ("eight-minutes", "full", "hour", "quick", "smoke", "study")
 # As helpers/__init__.py states it: the order in which an image travels.
 ORDER = re.findall(r"\w+(?=\s*→)|(?<=→)\s*\w+", helpers.__doc__)
 ORDER = tuple(dict.fromkeys(module.strip() for module in ORDER))

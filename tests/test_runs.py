@@ -80,9 +80,9 @@ REFUSED = {
     "epochs": (*NOT_WHOLE, 0), "batch_size": (*NOT_WHOLE, 0), "translate": NOT_WHOLE,
     "cutout": (*NOT_WHOLE, 32), "measure_training_every": (*NOT_WHOLE, 0),
     "learning_rate": NOT_REAL, "momentum": (*NOT_REAL, 1), "adam_learning_rate": NOT_REAL,
-    "label_smoothing": (*NOT_REAL, 1),
+    "label_smoothing": (*NOT_REAL, 1), "temperature": (*NOT_REAL, 0.5),
     "widths": (*NOT_WHOLES, []), "first_sizes": (*NOT_WHOLES, [33], [7]),
-    "pool_after": (*NOT_WHOLES, [7]),
+    "pool_after": (*NOT_WHOLES, [7]), "residual": (*NOT_WHOLES, [7], [3]),
     "branches": (*NOT_WHOLES, 0, [2]), "kernel_size": (*NOT_WHOLES, 2, [3, 2]),
     "strides": (*NOT_WHOLES, 0),
     "gate": (*NOT_A_NAME, "Softmax"), "activation": (*NOT_A_NAME, "swish"),
@@ -173,7 +173,8 @@ def test_a_name_that_papermill_injects_and_nobody_knows_is_refused() -> None:
 
 
 def test_presets_are_complete_and_pass_the_checks() -> None:
-    assert {path.stem for path in PRESETS} == {"smoke", "eight-minutes", "quick", "hour", "full"}
+    expected = {"smoke", "eight-minutes", "quick", "hour", "full", "study"}
+    assert {path.stem for path in PRESETS} == expected
     for path in PRESETS:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         settings = Settings(**values)
@@ -189,6 +190,15 @@ def test_every_preset_has_two_branches_at_least_in_every_block() -> None:
         settings = Settings(**yaml.safe_load(path.read_text(encoding="utf-8")))
         with torch.device("meta"):
             assert all(len(block.branches) >= 2 for block in settings.network().blocks)
+
+
+def test_the_temperature_falls_to_one_in_the_first_half() -> None:
+    settings = Settings(temperature=31.0, epochs=6)
+    temperatures = [settings.temperature_in(epoch) for epoch in range(1, 7)]
+    assert temperatures == pytest.approx([31, 21, 11, 1, 1, 1])
+    assert {Settings().temperature_in(epoch) for epoch in range(1, 7)} == {1.0}
+    with pytest.raises(ParameterError, match=r"temperature = 2\.0: gate linear has none"):
+        Settings(temperature=2.0, gate="linear")
 
 
 def test_an_unknown_device_is_refused() -> None:

@@ -76,6 +76,33 @@ def test_clean_training_images_are_measured_as_often_as_asked(
     assert often.metrics["training_accuracy"] == seldom.metrics["training_accuracy"]
 
 
+def test_gates_are_warm_at_first_and_their_entropy_is_recorded(
+    tiny_images: data.ImageData,
+) -> None:
+    settings = dataclasses.replace(SMALL, epochs=4, adam_learning_rate=0.5)
+    _, cold = quiet(tiny_images, settings)
+    network, warm = quiet(tiny_images, dataclasses.replace(settings, temperature=1000.0))
+    columns = ["entropy_B1", "entropy_B2"]
+    assert (warm.history.loc[0, columns] > cold.history.loc[0, columns]).all()
+    assert warm.history.loc[0, columns].min() > 0.999
+    assert [block.temperature for block in network.blocks] == [1.0, 1.0]
+    a = evaluation.gates(network, tiny_images.test)
+    measured = [float(evaluation.entropy(block).mean()) for block in a]
+    assert warm.history[columns].iloc[-1].tolist() == pytest.approx(measured)
+
+
+def test_the_kept_weights_are_those_that_were_measured(tiny_images: data.ImageData) -> None:
+    network, run = quiet(tiny_images, SMALL)
+    kept = torch.load(run.folder / "weights.pt", weights_only=True)
+    for name, value in network.state_dict().items():
+        assert kept[name].dtype == (torch.float16 if value.is_floating_point() else value.dtype)
+        assert torch.equal(kept[name].to(value.dtype), value), name
+    ours, loaded = (
+        evaluation.predict(one, tiny_images.test) for one in (network, runs.load_network(run))
+    )
+    assert torch.equal(ours, loaded)
+
+
 def test_training_leaves_the_global_generator_alone(tiny_images: data.ImageData) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)

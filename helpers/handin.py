@@ -1,0 +1,180 @@
+"""The hand-in that the sheet wants: one zip with a PDF and a single notebook: `make handin`.
+
+    python -m helpers.handin
+
+The notebook is put together from the four notebooks with their outputs and from the modules that
+they call, which its first cells write beside it; it needs nothing else of the project and runs on
+Google Colab as it is. The result is `report/handin.zip`.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import zipfile
+
+import nbformat
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from helpers import data, report, runs
+
+FOLDER = "input-weighted-convolution"  # in the zip
+MODULES = (
+    "__init__", "data", "augment", "model", "evaluation", "probing", "runs", "training", "figures",
+)  # fmt: skip
+# What a chapter does not repeat, because it stands at the notebook's top, and what only those who
+# have the whole project can run.
+AT_THE_TOP = ("import sys\nfrom pathlib import Path", "settings = runs.check", "images = data.load")
+PROJECT_ONLY = "runs.benchmark("
+
+INTRODUCTION = """# CIFAR-10 with input-weighted convolution blocks
+
+{result}
+
+This is the whole report in one notebook: the modules of its code first, then four chapters: the
+data, the model, the training, and what came of it. It needs no file beside it. On Google Colab
+choose a runtime with a GPU, and run all cells: CIFAR-10 is downloaded, and everything that the
+notebook imports is there already. The outputs are those of the run named above."""
+CODE = """## The code
+
+Each of the following cells writes a module into the folder `helpers/`, in the order in which they
+are used; the chapters import them from there and show the important parts again."""
+START = """## What can be changed
+
+All parameters of the report. They are checked before anything is computed, and the images are read
+once for all chapters."""
+
+
+class HandinError(Exception):
+    """The hand-in cannot be made; the message says what is missing."""
+
+
+def make_notebook() -> NotebookNode:
+    """The single notebook, with the outputs of the stored ones.
+
+    Raises:
+        HandinError: a stored notebook has no outputs.
+    """
+    chapters = [
+        nbformat.read(report.NOTEBOOKS / f"{name}.ipynb", as_version=4) for name in report.SEQUENCE
+    ]
+    notebook = new_notebook(metadata=dict(chapters[0].metadata))
+    notebook.cells = [
+        new_markdown_cell(INTRODUCTION.format(result=report.result(runs.read(report.own_run())))),
+        new_markdown_cell(CODE),
+        code("from pathlib import Path\n\nPath('helpers').mkdir(exist_ok=True)"),
+        *(cell for name in MODULES for cell in module_cells(name)),
+        new_markdown_cell(START), *starting_cells(chapters),
+        *(cell for chapter in chapters for cell in chapter_cells(chapter)),
+    ]  # fmt: skip
+    executed = (cell for cell in notebook.cells if cell.cell_type == "code")
+    for count, cell in enumerate(executed, start=1):
+        cell.execution_count = count
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output.execution_count = count
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number}"  # the same hand-in gives the same file
+    nbformat.validate(notebook)
+    return notebook
+
+
+def code(source: str, printed: str = "") -> NotebookNode:
+    outputs = [new_output("stream", name="stdout", text=printed)] if printed else []
+    return new_code_cell(source, outputs=outputs)
+
+
+def module_cells(name: str) -> list[NotebookNode]:
+    """A heading with the module's own first line, and the cell that writes it."""
+    path = f"helpers/{name}.py"
+    source = (data.ROOT / path).read_text(encoding="utf-8")
+    first = (ast.get_docstring(ast.parse(source)) or "").split("\n")[0]
+    return [
+        new_markdown_cell(f"### {path}\n\n{first}"),
+        code(f"%%writefile {path}\n{source.rstrip()}", f"Writing {path}\n"),
+    ]
+
+
+def starting_cells(chapters: list[NotebookNode]) -> list[NotebookNode]:
+    """Imports, one cell with the parameters of all chapters, their check, and the data."""
+    lines: dict[str, str] = {}
+    for chapter in sorted(chapters, key=lambda chapter: -len(parameters_of(chapter))):
+        for line in parameters_of(chapter):
+            lines.setdefault(line.split(" = ")[0], line)
+    parameters = code("\n".join(lines.values()))
+    parameters.metadata.tags = ["parameters"]
+    load = next(cell for cell in chapters[0].cells if cell.source.startswith(AT_THE_TOP[2]))
+    return [
+        code("from helpers import data, figures, model, runs\n\nfigures.use_style()"),
+        parameters,
+        code("settings = runs.check_parameters(globals())"),
+        load,
+    ]
+
+
+def parameters_of(chapter: NotebookNode) -> list[str]:
+    """The lines of its parameters cell."""
+    return next(cell for cell in chapter.cells if is_parameters(cell)).source.split("\n")
+
+
+def is_parameters(cell: NotebookNode) -> bool:
+    return "parameters" in cell.metadata.get("tags", [])
+
+
+def chapter_cells(chapter: NotebookNode) -> list[NotebookNode]:
+    """The cells of a notebook but those that the top has, or that need the whole project; with
+    each of them goes the text that introduces it."""
+    kept: list[NotebookNode] = []
+    for cell in chapter.cells:
+        if cell.cell_type == "markdown":
+            cell.source = as_chapter(cell.source)
+        elif cell.execution_count is None:
+            raise HandinError("A stored notebook has no outputs; run `make publish` first.")
+        elif is_left_out(cell):
+            if kept[-1].cell_type == "markdown" and not kept[-1].source.startswith("# "):
+                kept.pop()
+            continue
+        kept.append(cell)
+    return kept
+
+
+def is_left_out(cell: NotebookNode) -> bool:
+    at_the_top = cell.source.startswith(AT_THE_TOP) or is_parameters(cell)
+    return at_the_top or PROJECT_ONLY in cell.source
+
+
+def as_chapter(text: str) -> str:
+    """The text of a notebook as that of a chapter."""
+    text = re.sub(r"^# 0(\d) · ", r"# Chapter \1 · ", text)
+    text = re.sub(r"\b([Nn])otebooks? 0(\d)", lambda m: f"{'Cc'[m[1] == 'n']}hapter {m[2]}", text)
+    text = re.sub(r"\b([Tt]he) README\b", r"\1 project's README", text)
+    return text.replace("his notebook", "his chapter")
+
+
+def write() -> str:
+    """Make `report/handin.zip`: one folder with the notebook and the PDF; its path, as shown.
+
+    Raises:
+        HandinError: a stored notebook has no outputs, or the PDF is missing.
+    """
+    pdf, target = report.NOTEBOOKS / "report.pdf", report.REPORT / "handin.zip"
+    if not pdf.is_file():
+        raise HandinError("notebooks/report.pdf is missing; run `make publish ONLY=04` first.")
+    target.parent.mkdir(exist_ok=True)
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"{FOLDER}/report.ipynb", nbformat.writes(make_notebook()))
+        archive.write(pdf, f"{FOLDER}/report.pdf")
+    return report.shown(target)
+
+
+def main() -> None:
+    try:
+        print(f"{write()} is ready to be handed in.")
+    except (HandinError, runs.RunError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

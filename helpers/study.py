@@ -1,0 +1,268 @@
+"""Does a matter? A table of runs judged on held-out images: `make study`.
+
+    python -m helpers.study                              # the missing runs, one after the other
+    python -m helpers.study --cluster tcp://host:8786    # on the workers of a Dask cluster
+    python -m helpers.study --list                       # what there is, what is missing
+
+Every run is notebook 03, executed by papermill with the parameters of the preset `study` and those
+in which its variant differs. Its record is `notebooks/runs/study-<variant>-seed<seed>`, with a
+`study.json` of what its weights say; a run that is finished is passed over, and one that was
+stopped goes on. The workers of a cluster have to see this folder, under the same path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import sys
+from typing import Any
+
+import pandas as pd
+import torch
+from scipy.stats import t as student
+from torch import nn
+
+from helpers import data, evaluation, report, runs
+from helpers.model import layer_table
+
+SEEDS = (0, 1, 2)
+BASE = "softmax"
+ACCURACIES = ("accuracy", "accuracy_shuffled", "accuracy_mean")
+
+# What is asked, and for each answer the parameters in which it differs from the preset `study`:
+# four branches with 3×3 kernels in every block, weighted by a softmax.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "which a": {
+        "softmax": {},
+        "annealed": {"temperature": 30.0},
+        "sigmoid": {"gate": "sigmoid"},
+        "linear": {"gate": "linear"},
+        "constant": {"gate": "constant"},
+        "uniform": {"gate": "uniform"},
+    },
+    "how many branches": {
+        "one": {"branches": 1},
+        "two": {"branches": 2},
+        "eight": {"branches": 8},
+    },
+    "one wide branch instead": {
+        "one-same-parameters": {"branches": 1, "widths": [64, 64, 256, 256, 256, 256]},
+        "one-same-arithmetic": {"branches": 1, "widths": [60, 60, 240, 240, 240, 240]},
+    },
+    "which kernels": {
+        "kernels-1-3": {"kernel_size": [3, 3, 1, 1]},
+        "kernels-1-3-5": {"kernel_size": [5, 3, 3, 1]},
+    },
+}
+
+
+class StudyError(Exception):
+    """The study cannot be run or read; the message says why and what to do."""
+
+
+def variants() -> dict[str, dict[str, Any]]:
+    """Every variant's parameters, in the order of the table."""
+    return {name: given for group in VARIANTS.values() for name, given in group.items()}
+
+
+def run_name(variant: str, seed: int) -> str:
+    return f"study-{variant}-seed{seed}"
+
+
+def parameters_of(variant: str, seed: int) -> dict[str, Any]:
+    """All parameters of a run, checked."""
+    given = report.read_preset("study") | variants()[variant]
+    given |= {"seed": seed, "run": run_name(variant, seed)}
+    runs.settings_from(given)
+    return given
+
+
+def missing() -> list[tuple[str, int]]:
+    """The variant and seed of every run that is not finished and measured, seed by seed."""
+    return [
+        (variant, seed)
+        for seed, variant in itertools.product(SEEDS, variants())
+        if not (runs.RUNS / run_name(variant, seed) / "study.json").is_file()
+    ]
+
+
+def expected_seconds(variant: str, like: runs.Run) -> float:
+    """The time of training a variant, as its multiply-adds would take in the run `like`."""
+    settings = runs.Settings(**parameters_of(variant, 0))
+    pace = like.metrics["train_seconds"] / runs.training_work(like, "as evaluated")
+    images = settings.train_images or 50_000 - settings.validation
+    return pace * runs.work_of(settings, [images] * settings.epochs, "as evaluated")
+
+
+def run_one(variant: str, seed: int) -> str:
+    """Train one run with notebook 03, measure what its weights say, and keep the record alone.
+
+    Returns:
+        its name.
+    """
+    name = run_name(variant, seed)
+    if not (runs.RUNS / name / "metrics.json").is_file():
+        target = report.REPORT / "study" / f"{name}.ipynb"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        report.execute(report.TRAINING, target, parameters_of(variant, seed))
+    run = runs.read(name)
+    runs.write_json(run.folder / "study.json", what_weights_say(run, data.load_data()))
+    (run.folder / "weights.pt").unlink()
+    return name
+
+
+def what_weights_say(run: runs.Run, images: data.ImageData) -> dict[str, Any]:
+    """What the table cannot be made of without a run's weights.
+
+    Of the held-out images: the accuracy, and the accuracy when every image is given the weights a
+    of the image before it in its batch, or each block's mean a. Of the blocks: the mean similarity
+    of two branches' kernels, and the share of the images for which the least used branch leads.
+    """
+    network, settings = runs.load_network(run), runs.settings_of(run)
+    _, held_out = runs.training_parts(images, settings)
+    a = evaluation.gates(network, held_out)
+    said: dict[str, Any] = {"accuracy": accuracy(network, held_out)}
+    for what in ("shuffled", "mean"):
+        said[f"accuracy_{what}"] = accuracy(
+            evaluation.with_replaced_gates(network, a, what), held_out
+        )
+    said["entropy"] = [finite(evaluation.entropy(block).mean()) for block in a]
+    said["least_used"] = [float(evaluation.leading_shares(block).min()) for block in a]
+    said["kernel_similarity"] = [
+        finite(evaluation.kernel_similarity(block)) for block in network.blocks
+    ]
+    return said
+
+
+def accuracy(network: nn.Module, images: data.ImageSet) -> float:
+    return evaluation.accuracy(evaluation.predict(network, images), images.labels)
+
+
+def finite(value: torch.Tensor | float) -> float | None:
+    """As JSON knows it: nothing for what is not defined."""
+    return float(value) if math.isfinite(value) else None
+
+
+# ---- what the runs say together
+
+
+def table(seeds: tuple[int, ...] = SEEDS) -> pd.DataFrame:
+    """A row a run: `question`, `variant`, `seed`, `accuracy`, `accuracy_shuffled` and
+    `accuracy_mean` on the held-out images, `seconds`, `parameters`, `work` (multiply-adds of one
+    image forward, as evaluated).
+
+    Raises:
+        RunError: a run is missing, failed or cannot be read.
+    """
+    rows = []
+    for question, group in VARIANTS.items():
+        for variant, seed in itertools.product(group, seeds):
+            run = runs.read(run_name(variant, seed))
+            said = runs.read_json(run.folder / "study.json")
+            layers = layer_table(runs.settings_of(run).network())
+            rows.append(
+                {"question": question, "variant": variant, "seed": seed,
+                 **{name: said[name] for name in ACCURACIES},
+                 "seconds": run.metrics["train_seconds"], "parameters": run.metrics["parameters"],
+                 "work": float(layers["multiply-adds as evaluated"].sum())}
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def compare(results: pd.DataFrame, base: str = BASE, value: str = "accuracy") -> pd.DataFrame:
+    """The difference of every variant to `base`, over paired seeds, with its 95% interval.
+
+    A seed gives all variants the same order and augmentation of images, so what it does to all of
+    them alike is taken out: accuracy = variant + seed + rest. The rest of all variants together
+    gives one standard deviation, which three seeds of one variant could not (two-way analysis of
+    variance, no interaction); the interval is Student's.
+
+    Args:
+        results: a row for every variant and seed, none missing.
+
+    Returns:
+        index the variant; `mean`, `difference`, `low`, `high`, in the unit of `value`, and
+        whether the interval holds zero: `undecided`.
+    """
+    wide = results.pivot(index="variant", columns="seed", values=value)
+    wide = wide.loc[results["variant"].drop_duplicates()]
+    k, n = wide.shape
+    rest = wide.sub(wide.mean(axis=1), axis=0).sub(wide.mean(axis=0) - wide.to_numpy().mean())
+    freedom = (k - 1) * (n - 1)
+    deviation = math.sqrt((rest**2).to_numpy().sum() / freedom)
+    half = float(student.ppf(0.975, freedom)) * deviation * math.sqrt(2 / n)
+    compared = pd.DataFrame({"mean": wide.mean(axis=1)})
+    compared["difference"] = compared["mean"] - compared.loc[base, "mean"]
+    compared["low"], compared["high"] = compared["difference"] - half, compared["difference"] + half
+    compared.loc[base, ["low", "high"]] = 0.0
+    compared["undecided"] = (compared["low"] <= 0) & (compared["high"] >= 0)
+    return compared
+
+
+# ---- the command
+
+
+def announce(todo: list[tuple[str, int]]) -> None:
+    """Say what is to be run, and about how long that takes."""
+    all_runs = len(SEEDS) * len(variants())
+    print(f"{all_runs - len(todo)} of {all_runs} runs are there.", flush=True)
+    if todo:
+        like = runs.read("quick-seed0")
+        hours = sum(expected_seconds(variant, like) for variant, _ in todo) / 3600
+        print(
+            f"The other {len(todo)} take about {hours:.1f} hours of training, one after the other, "
+            f"on a machine like that of {like.name} ({report.machine_of(like)}).",
+            flush=True,
+        )
+
+
+def on_cluster(address: str, todo: list[tuple[str, int]]) -> None:
+    """Hand the runs to the workers of a Dask cluster, each to whichever is free.
+
+    Raises:
+        StudyError: there is no cluster at that address, or a run failed there.
+    """
+    from distributed import Client, as_completed  # only those who have a cluster wait for it
+
+    try:
+        client = Client(address, timeout="10s")
+    except (OSError, ValueError) as error:
+        raise StudyError(
+            f"There is no Dask scheduler at {address} ({type(error).__name__}); start one with "
+            "`dask scheduler`, or leave --cluster out."
+        ) from None
+    with client:
+        waiting = [
+            client.submit(run_one, *which, pure=False, key=run_name(*which)) for which in todo
+        ]
+        for done in as_completed(waiting):
+            if done.status != "finished":
+                raise StudyError(f"Run {done.key} failed on the cluster: {done.exception()}")
+            print(f"{done.result()} is finished", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m helpers.study", description=__doc__)
+    parser.add_argument("--cluster", metavar="ADDRESS", help="of a Dask scheduler")
+    parser.add_argument("--list", action="store_true", help="run nothing")
+    options = parser.parse_args(arguments)
+    todo = missing()
+    try:
+        announce(todo)
+        if options.list:
+            print("\n".join(run_name(*which) for which in todo))
+        elif options.cluster:
+            on_cluster(options.cluster, todo)
+        else:
+            for number, which in enumerate(todo, start=1):
+                print(f"{number} of {len(todo)}: {run_name(*which)}", flush=True)
+                run_one(*which)
+    except (StudyError, report.ReportError, data.DataError, runs.RunError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("Stopped from the keyboard; the same command goes on where it was.")
+
+
+if __name__ == "__main__":
+    main()

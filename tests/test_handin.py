@@ -1,0 +1,123 @@
+"""The hand-in is two files, and its notebook runs where nothing of the project is."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from helpers import data, handin, report
+
+# Run by every Python that finds it: forgets the project, which is installed in the environment.
+FORGET = """
+import sys
+sys.meta_path = [f for f in sys.meta_path if "editable" not in f"{f}{getattr(f, '__module__', '')}"]
+sys.path_hooks = [h for h in sys.path_hooks if "editable" not in getattr(h, "__module__", "")]
+sys.path = [p for p in sys.path if "editable" not in p]
+"""
+
+
+@pytest.fixture(scope="module")
+def notebook() -> nbformat.NotebookNode:
+    return handin.make_notebook()
+
+
+def test_every_module_that_is_used_is_written_before() -> None:
+    known: set[str] = set()
+    for name in handin.MODULES:
+        tree = ast.parse((data.ROOT / "helpers" / f"{name}.py").read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("helpers"):
+                inner = node.module.split(".")[1:] or [alias.name for alias in node.names]
+                assert set(inner) <= known, name
+        known.add(name)
+
+
+def test_the_story_is_whole_and_told_once(notebook: nbformat.NotebookNode) -> None:
+    sources = [cell.source for cell in notebook.cells]
+    everything = "\n".join(sources)
+    assert re.findall(r"^# (.*)", "\n".join(s for s in sources if s.startswith("# ")), re.M) == [
+        "CIFAR-10 with input-weighted convolution blocks",
+        *("Chapter 1 · Data exploration", "Chapter 2 · Model definition"),
+        *("Chapter 3 · Training", "Chapter 4 · Analysis"),
+    ]
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in notebook.cells) == 1
+    for said_once in ("settings = runs.check_parameters(", "images = data.load_data()"):
+        assert sum(source.startswith(said_once) for source in sources) == 1
+    assert "runs.benchmark(" not in "\n".join(s for s in sources if not s.startswith("%%writefile"))
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert not re.search(r"notebook 0\d|\.ipynb\)|\]\((?!http)", prose)
+    assert "training.train(images, settings)" in everything
+    kept = sum(len(cell.get("outputs", [])) for cell in notebook.cells)
+    assert kept > 60 and all(cell.source.strip() for cell in notebook.cells)
+
+
+def test_prose_stands_before_code_as_in_the_notebooks(notebook: nbformat.NotebookNode) -> None:
+    cells = notebook.cells
+    told = [
+        before.cell_type == "markdown" for before, cell in itertools.pairwise(cells)
+        if cell.cell_type == "code"
+    ]  # fmt: skip
+    assert sum(told) > 0.9 * len(told)
+
+
+def test_the_zip_holds_one_folder_with_two_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "REPORT", tmp_path / "report")
+    handin.write()
+    with zipfile.ZipFile(tmp_path / "report" / "handin.zip") as archive:
+        expected = [f"{handin.FOLDER}/{name}" for name in ("report.ipynb", "report.pdf")]
+        assert archive.namelist() == expected
+        assert archive.testzip() is None
+        assert archive.read(f"{handin.FOLDER}/report.pdf").startswith(b"%PDF")
+
+
+def test_without_outputs_there_is_no_hand_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in report.SEQUENCE:
+        stored = nbformat.read(report.NOTEBOOKS / f"{name}.ipynb", as_version=4)
+        for cell in stored.cells:
+            if cell.cell_type == "code":
+                cell.execution_count = None
+        nbformat.write(stored, tmp_path / f"{name}.ipynb")
+    monkeypatch.setattr(report, "NOTEBOOKS", tmp_path)
+    with pytest.raises(handin.HandinError, match="make publish"):
+        handin.make_notebook()
+
+
+def test_it_runs_in_an_empty_folder_without_the_project(
+    notebook: nbformat.NotebookNode, tmp_path: Path
+) -> None:
+    """With the smoke preset; what it imports is in the cells before."""
+    empty, elsewhere = tmp_path / "empty", tmp_path / "elsewhere"
+    for folder in (empty, elsewhere):
+        folder.mkdir()
+    (elsewhere / "sitecustomize.py").write_text(FORGET, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(elsewhere)}
+    gone = subprocess.run(
+        [sys.executable, "-c", "import helpers"], cwd=empty, env=environment, capture_output=True
+    )
+    assert gone.returncode and b"No module named 'helpers'" in gone.stderr
+    nbformat.write(notebook, empty / "report.ipynb")
+    smoke = (report.NOTEBOOKS / "parameters" / "smoke.yaml").read_text(encoding="utf-8")
+    (elsewhere / "smoke.yaml").write_text(yaml.safe_dump(yaml.safe_load(smoke)), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "papermill", "report.ipynb", "done.ipynb", "--no-progress-bar",
+         "-f", str(elsewhere / "smoke.yaml")],
+        cwd=empty, env=environment, capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = nbformat.read(empty / "done.ipynb", as_version=4)
+    assert any("smoke-seed0" in str(cell.get("outputs")) for cell in made.cells)
+    assert (empty / "notebooks" / "runs" / "smoke-seed0" / "metrics.json").is_file()

@@ -1,0 +1,155 @@
+"""The study runs what is missing, and its intervals are those of the books."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import ttest_rel
+
+from helpers import data, evaluation, report, runs, study, training
+from helpers.model import BlockNetwork
+
+TINY = {
+    "preset": "study", "validation": 40, "widths": [4, 4], "branches": 2, "kernel_size": 3,
+    "stem_filters": 0, "pool_after": [1], "epochs": 1, "first_sizes": [], "batch_size": 40,
+    "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_images: data.ImageData
+) -> list[str]:
+    """Two variants and two seeds on tiny images; the names of the runs that are trained."""
+    trained: list[str] = []
+
+    def execute(name: str, target: Path, parameters: dict[str, Any]) -> None:
+        assert name == "03_training"
+        trained.append(parameters["run"])
+        training.train(tiny_images, runs.Settings(**parameters), report=lambda line: None)
+
+    monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(report, "REPORT", tmp_path / "report")
+    monkeypatch.setattr(report, "execute", execute)
+    monkeypatch.setattr(report, "read_preset", lambda name: dict(TINY))
+    monkeypatch.setattr(data, "load_data", lambda: tiny_images)
+    monkeypatch.setattr(study, "announce", lambda todo: None)
+    monkeypatch.setattr(study, "SEEDS", (0, 1))
+    variants = {"which a": {"softmax": {}, "uniform": {"gate": "uniform"}}}
+    monkeypatch.setattr(study, "VARIANTS", variants)
+    return trained
+
+
+def test_every_variant_is_a_network_that_can_be_made() -> None:
+    assert study.BASE in study.variants()
+    like = runs.read("quick-seed0")
+    for variant, given in study.variants().items():
+        parameters = study.parameters_of(variant, 2)
+        assert given.items() <= parameters.items() and parameters["seed"] == 2
+        assert parameters["validation"] >= 1000, "the test set chooses nothing"
+        assert 10 < study.expected_seconds(variant, like) < 7200
+    expected = runs.work_of(runs.settings_of(like), [50_000] * 6)
+    assert runs.training_work(like) == pytest.approx(expected)
+
+
+def test_wide_networks_of_one_branch_have_the_size_that_their_names_say() -> None:
+    def size(variant: str) -> tuple[float, float]:
+        settings = runs.Settings(**study.parameters_of(variant, 0))
+        learned = sum(p.numel() for p in settings.network().parameters() if p.requires_grad)
+        return learned, runs.work_of(settings, [1.0], "as evaluated")
+
+    (parameters, work), one = size("softmax"), size("one")
+    assert size("one-same-parameters")[0] == pytest.approx(parameters, rel=0.05)
+    assert size("one-same-arithmetic")[1] == pytest.approx(work, rel=0.05)
+    assert one[0] < 0.3 * parameters and one[1] < 0.8 * work
+
+
+def test_missing_runs_are_run_and_others_passed_over(tiny_study: list[str]) -> None:
+    study.run_one("softmax", 1)
+    assert len(study.missing()) == 3
+    study.main([])
+    assert sorted(tiny_study) == [
+        *("study-softmax-seed0", "study-softmax-seed1"),
+        *("study-uniform-seed0", "study-uniform-seed1"),
+    ]
+    assert study.missing() == []
+    study.main([])
+    assert len(tiny_study) == 4
+    results = study.table((0, 1))
+    assert results[["variant", "seed"]].values.tolist() == [
+        *(["softmax", 0], ["softmax", 1], ["uniform", 0], ["uniform", 1]),
+    ]
+    for row in results.itertuples():
+        run = runs.read(study.run_name(row.variant, row.seed))
+        assert row.accuracy == run.metrics["validation_accuracy"]
+        assert not (run.folder / "weights.pt").exists()
+        if row.variant == "uniform":  # whose a is that of any other image
+            assert row.accuracy == row.accuracy_shuffled == row.accuracy_mean
+
+
+def test_a_cluster_runs_what_is_missing(
+    tiny_study: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    from distributed import LocalCluster
+
+    study.run_one("softmax", 0)
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
+    ) as cluster:
+        study.main(["--cluster", cluster.scheduler_address])
+    assert study.missing() == [] and len(tiny_study) == 4
+    assert capsys.readouterr().out.count("is finished") == 3
+
+
+def test_a_cluster_that_is_not_there_is_named(tiny_study: list[str]) -> None:
+    with pytest.raises(SystemExit, match=r"no Dask scheduler at tcp://127\.0\.0\.1:9"):
+        study.main(["--cluster", "tcp://127.0.0.1:9"])
+    with pytest.raises(SystemExit, match="no Dask scheduler at nowhere"):
+        study.main(["--cluster", "nowhere://"])
+    assert tiny_study == []
+
+
+def results_of(accuracies: np.ndarray) -> pd.DataFrame:
+    """A table of variants (rows) by seeds (columns); the first variant is the base."""
+    names = [study.BASE, *(f"variant {k}" for k in range(1, len(accuracies)))]
+    rows = [
+        {"variant": names[k], "seed": seed, "accuracy": accuracies[k, seed]}
+        for k, seed in itertools.product(*map(range, accuracies.shape))
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_two_variants_are_compared_as_the_paired_t_test_does() -> None:
+    accuracies = np.random.default_rng(0).normal(size=(2, 5)) + np.arange(5)
+    row = study.compare(results_of(accuracies)).loc["variant 1"]
+    book = ttest_rel(accuracies[1], accuracies[0]).confidence_interval(0.95)
+    assert (row["low"], row["high"]) == pytest.approx((book.low, book.high))
+    assert row["difference"] == pytest.approx(np.mean(accuracies[1] - accuracies[0]))
+
+
+def test_the_interval_holds_the_truth_19_times_in_20() -> None:
+    """Whatever a seed does to all variants alike; here the first two variants are truly alike."""
+    chance, held = np.random.default_rng(1), 0
+    for _ in range(400):
+        seeds, rest = 5 * chance.normal(size=(1, 3)), chance.normal(size=(6, 3))
+        compared = study.compare(results_of(np.arange(6)[:, None] // 2 + seeds + rest))
+        held += bool(compared.loc["variant 1", "undecided"])
+    assert 0.92 < held / 400 < 0.98
+
+
+def test_similarity_of_kernels_and_the_branch_that_leads() -> None:
+    network = BlockNetwork([4, 4], branches=3, kernel_size=[3, 3, 1])
+    first, second = network.blocks
+    first.branches[1].weight.data = 2 * first.branches[0].weight.data
+    assert float(evaluation.kernel_similarity(first)) == pytest.approx(1)  # 1×1 is not compared
+    second.branches[1].weight.data = -second.branches[0].weight.data
+    assert float(evaluation.kernel_similarity(second)) == pytest.approx(-1)
+    assert evaluation.kernel_similarity(BlockNetwork([4], branches=1).blocks[0]).isnan()
+    a = torch.tensor([[0.5, 0.3, 0.2], [0.1, -0.8, 0.1], [0.2, 0.5, 0.3], [0.6, 0.2, 0.2]])
+    assert evaluation.leading_shares(a).tolist() == [0.5, 0.5, 0.0]
