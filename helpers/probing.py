@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
@@ -35,7 +38,12 @@ def faded(images: Tensor, factor: float, _: torch.Generator) -> Tensor:
 
 def compressed(images: Tensor, quality: float, _: torch.Generator) -> Tensor:
     """What JPEG of that quality, 1 to 100, leaves of them."""
-    return torch.stack([transforms.jpeg(image, int(quality)) for image in images])
+    left = []
+    for image in images:
+        file = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "jpeg", quality=int(quality))
+        left.append(torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1))
+    return torch.stack(left)
 
 
 # How images are made worse, and how much, from weak to strong.

@@ -147,6 +147,7 @@ class Settings:
     stem_stride: int = whole(1, 1, 2)
     pool_after: list[int] = wholes([1, 3, 5], 1)
     residual: list[int] = wholes([], 1)
+    normalise: bool = flag(True)
     activation: str = choice("silu", tuple(ACTIVATIONS))
     # the training
     epochs: int = whole(6, 1, 10_000)
@@ -208,7 +209,7 @@ class Settings:
         return BlockNetwork(
             self.widths, self.branches, self.kernel_size, self.strides, self.gate,
             self.stem_filters, self.stem_stride, self.pool_after, self.residual,
-            activation=self.activation,
+            self.normalise, self.activation,
         )  # fmt: skip
 
 

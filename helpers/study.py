@@ -2,12 +2,16 @@
 
     python -m helpers.study                              # the missing runs, one after the other
     python -m helpers.study --cluster tcp://host:8786    # on the workers of a Dask cluster
-    python -m helpers.study --list                       # what there is, what is missing
+    python -m helpers.study --list                       # what is missing
+    python -m helpers.study --only ladder                # only runs whose names begin so
 
-Every run is notebook 03, executed by papermill with the parameters of the preset `study` and those
-in which its variant differs. Its record is `notebooks/runs/study-<variant>-seed<seed>`, with a
-`study.json` of what its weights say; a run that is finished is passed over, and one that was
-stopped goes on. The workers of a cluster have to see this folder, under the same path.
+There are two tables: the study, whose variants differ from one base and are trained with three
+seeds each, and the ladder, which goes from the sheet's basic network to this report's, one change
+a step. Every run is notebook 03, executed by papermill with the parameters of the preset `study`
+and those in which it differs. Its record is `notebooks/runs/study-<variant>-seed<seed>` or
+`ladder-<number>-<step>`, with a `study.json` of what its weights say; a run that is finished is
+passed over, and one that was stopped goes on. The workers of a cluster have to see this folder,
+under the same path.
 """
 
 from __future__ import annotations
@@ -50,11 +54,26 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "one-same-parameters": {"branches": 1, "widths": [64, 64, 256, 256, 256, 256]},
         "one-same-arithmetic": {"branches": 1, "widths": [60, 60, 240, 240, 240, 240]},
     },
-    "which kernels": {
-        "kernels-1-3": {"kernel_size": [3, 3, 1, 1]},
-        "kernels-1-3-5": {"kernel_size": [5, 3, 3, 1]},
-    },
+    "which kernels": {"kernels-1-3": {"kernel_size": [3, 3, 1, 1]}},
 }
+# From the sheet's basic network to the quick one: a change a step, which the next steps keep.
+LADDER: dict[str, dict[str, Any]] = {
+    "basic": {
+        "branches": 3, "kernel_size": 3, "strides": [1, 2, 1, 2, 1, 2], "gate": "linear",
+        "stem_filters": 0, "pool_after": [], "normalise": False, "activation": "none",
+        "first_sizes": [], "epochs": 2, "label_smoothing": 0.0, "translate": 0, "flip": False,
+    },
+    "batch-norm": {"normalise": True},
+    "activation": {"activation": "silu"},
+    "pooling": {"strides": 1, "pool_after": [1, 3, 5]},
+    "softmax": {"gate": "softmax"},
+    "stem": {"stem_filters": 24},
+    "mirror-and-shift": {"flip": True, "translate": 2},
+    "label-smoothing": {"label_smoothing": 0.1},
+    "a-1x1-branch": {"branches": 2, "kernel_size": [3, 1]},
+    "small-images-first": {"epochs": 4, "first_sizes": [16, 16, 16]},
+    "wider": {"widths": [64, 64, 256, 256, 256, 256]},
+}  # fmt: skip
 
 
 class StudyError(Exception):
@@ -70,42 +89,60 @@ def run_name(variant: str, seed: int) -> str:
     return f"study-{variant}-seed{seed}"
 
 
-def parameters_of(variant: str, seed: int) -> dict[str, Any]:
-    """All parameters of a run, checked."""
-    given = report.read_preset("study") | variants()[variant]
-    given |= {"seed": seed, "run": run_name(variant, seed)}
+def steps() -> dict[str, dict[str, Any]]:
+    """The run of each step of the ladder, with all parameters that were changed up to it."""
+    so_far: dict[str, Any] = {}
+    climbed = {}
+    for number, (step, changes) in enumerate(LADDER.items()):
+        so_far = so_far | changes
+        climbed[f"ladder-{number:02}-{step}"] = so_far
+    return climbed
+
+
+def planned() -> dict[str, dict[str, Any]]:
+    """Every run of the study and of the ladder, with the parameters in which it differs from the
+    preset `study`; a seed of all variants is done before the next."""
+    every = {
+        run_name(variant, seed): given | {"seed": seed}
+        for seed, (variant, given) in itertools.product(SEEDS, variants().items())
+    }
+    return every | steps()
+
+
+def parameters_of(name: str) -> dict[str, Any]:
+    """All parameters of a planned run, checked."""
+    given = report.read_preset("study") | planned()[name] | {"run": name}
     runs.settings_from(given)
     return given
 
 
-def missing() -> list[tuple[str, int]]:
-    """The variant and seed of every run that is not finished and measured, seed by seed."""
+def missing(begin: str = "") -> list[str]:
+    """The planned runs whose names begin so and that are not finished and measured."""
     return [
-        (variant, seed)
-        for seed, variant in itertools.product(SEEDS, variants())
-        if not (runs.RUNS / run_name(variant, seed) / "study.json").is_file()
+        name
+        for name in planned()
+        if name.startswith(begin) and not (runs.RUNS / name / "study.json").is_file()
     ]
 
 
-def expected_seconds(variant: str, like: runs.Run) -> float:
-    """The time of training a variant, as its multiply-adds would take in the run `like`."""
-    settings = runs.Settings(**parameters_of(variant, 0))
+def expected_seconds(name: str, like: runs.Run) -> float:
+    """The time of training a run, as its multiply-adds would take in the run `like`."""
+    settings = runs.Settings(**parameters_of(name))
     pace = like.metrics["train_seconds"] / runs.training_work(like, "as evaluated")
     images = settings.train_images or 50_000 - settings.validation
     return pace * runs.work_of(settings, [images] * settings.epochs, "as evaluated")
 
 
-def run_one(variant: str, seed: int) -> str:
+def run_one(name: str) -> str:
     """Train one run with notebook 03, measure what its weights say, and keep the record alone.
 
     Returns:
         its name.
     """
-    name = run_name(variant, seed)
     if not (runs.RUNS / name / "metrics.json").is_file():
         target = report.REPORT / "study" / f"{name}.ipynb"
         target.parent.mkdir(parents=True, exist_ok=True)
-        report.execute(report.TRAINING, target, parameters_of(variant, seed))
+        report.execute(report.TRAINING, target, parameters_of(name))
     run = runs.read(name)
     runs.write_json(run.folder / "study.json", what_weights_say(run, data.load_data()))
     (run.folder / "weights.pt").unlink()
@@ -147,26 +184,43 @@ def finite(value: torch.Tensor | float) -> float | None:
 # ---- what the runs say together
 
 
-def table(seeds: tuple[int, ...] = SEEDS) -> pd.DataFrame:
-    """A row a run: `question`, `variant`, `seed`, `accuracy`, `accuracy_shuffled` and
-    `accuracy_mean` on the held-out images, `seconds`, `parameters`, `work` (multiply-adds of one
-    image forward, as evaluated).
+def row_of(name: str) -> dict[str, Any]:
+    """What a run gave and cost: the accuracies of `study.json`, `seconds` of training, learned
+    `parameters`, and `work`, the multiply-adds of one image forward, as evaluated."""
+    run = runs.read(name)
+    said = runs.read_json(run.folder / "study.json")
+    layers = layer_table(runs.settings_of(run).network())
+    return {accuracy: said[accuracy] for accuracy in ACCURACIES} | {
+        "seconds": run.metrics["train_seconds"],
+        "parameters": run.metrics["parameters"],
+        "work": float(layers["multiply-adds as evaluated"].sum()),
+    }
+
+
+def table() -> pd.DataFrame:
+    """The study, a row a run: `question`, `variant`, `seed`, and what `row_of` says.
+
+    Raises:
+        RunError: a run is missing, failed or cannot be read.
+    """
+    rows = [
+        {"question": question, "variant": variant, "seed": seed} | row_of(run_name(variant, seed))
+        for question, group in VARIANTS.items()
+        for variant, seed in itertools.product(group, SEEDS)
+    ]
+    return pd.DataFrame(rows)
+
+
+def ladder() -> pd.DataFrame:
+    """The ladder, a row a step: `step`, what is `new`, and what `row_of` says.
 
     Raises:
         RunError: a run is missing, failed or cannot be read.
     """
     rows = []
-    for question, group in VARIANTS.items():
-        for variant, seed in itertools.product(group, seeds):
-            run = runs.read(run_name(variant, seed))
-            said = runs.read_json(run.folder / "study.json")
-            layers = layer_table(runs.settings_of(run).network())
-            rows.append(
-                {"question": question, "variant": variant, "seed": seed,
-                 **{name: said[name] for name in ACCURACIES},
-                 "seconds": run.metrics["train_seconds"], "parameters": run.metrics["parameters"],
-                 "work": float(layers["multiply-adds as evaluated"].sum())}
-            )  # fmt: skip
+    for (step, changes), name in zip(LADDER.items(), steps(), strict=True):
+        new = ", ".join(f"{parameter} = {value}" for parameter, value in changes.items())
+        rows.append({"step": step, "new": new} | row_of(name))
     return pd.DataFrame(rows)
 
 
@@ -203,21 +257,20 @@ def compare(results: pd.DataFrame, base: str = BASE, value: str = "accuracy") ->
 # ---- the command
 
 
-def announce(todo: list[tuple[str, int]]) -> None:
+def announce(todo: list[str]) -> None:
     """Say what is to be run, and about how long that takes."""
-    all_runs = len(SEEDS) * len(variants())
-    print(f"{all_runs - len(todo)} of {all_runs} runs are there.", flush=True)
+    print(f"Of {len(planned())} runs {len(missing())} are missing.", flush=True)
     if todo:
         like = runs.read("quick-seed0")
-        hours = sum(expected_seconds(variant, like) for variant, _ in todo) / 3600
+        hours = sum(expected_seconds(name, like) for name in todo) / 3600
         print(
-            f"The other {len(todo)} take about {hours:.1f} hours of training, one after the other, "
-            f"on a machine like that of {like.name} ({report.machine_of(like)}).",
+            f"These {len(todo)} take about {hours:.1f} hours of training, one after the other, on "
+            f"a machine like that of {like.name} ({report.machine_of(like)}).",
             flush=True,
         )
 
 
-def on_cluster(address: str, todo: list[tuple[str, int]]) -> None:
+def on_cluster(address: str, todo: list[str]) -> None:
     """Hand the runs to the workers of a Dask cluster, each to whichever is free.
 
     Raises:
@@ -233,10 +286,7 @@ def on_cluster(address: str, todo: list[tuple[str, int]]) -> None:
             "`dask scheduler`, or leave --cluster out."
         ) from None
     with client:
-        waiting = [
-            client.submit(run_one, *which, pure=False, key=run_name(*which)) for which in todo
-        ]
-        for done in as_completed(waiting):
+        for done in as_completed([client.submit(run_one, name, key=name) for name in todo]):
             if done.status != "finished":
                 raise StudyError(f"Run {done.key} failed on the cluster: {done.exception()}")
             print(f"{done.result()} is finished", flush=True)
@@ -244,20 +294,21 @@ def on_cluster(address: str, todo: list[tuple[str, int]]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m helpers.study", description=__doc__)
+    parser.add_argument("--only", metavar="BEGIN", default="", help="runs whose names begin so")
     parser.add_argument("--cluster", metavar="ADDRESS", help="of a Dask scheduler")
     parser.add_argument("--list", action="store_true", help="run nothing")
     options = parser.parse_args(arguments)
-    todo = missing()
     try:
+        todo = missing(options.only)
         announce(todo)
         if options.list:
-            print("\n".join(run_name(*which) for which in todo))
+            print("\n".join(todo))
         elif options.cluster:
             on_cluster(options.cluster, todo)
         else:
-            for number, which in enumerate(todo, start=1):
-                print(f"{number} of {len(todo)}: {run_name(*which)}", flush=True)
-                run_one(*which)
+            for number, name in enumerate(todo, start=1):
+                print(f"{number} of {len(todo)}: {name}", flush=True)
+                run_one(name)
     except (StudyError, report.ReportError, data.DataError, runs.RunError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

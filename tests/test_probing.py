@@ -36,10 +36,10 @@ def test_blur_is_that_of_scipy(sigma: float, tiny_images: data.ImageData) -> Non
 
 def test_fading_and_compressing_take_away(tiny_images: data.ImageData) -> None:
     some = tiny_images.test.images[:5]
-    spread = [probing.faded(some, f, SEEDED).float().std() for f in (1.0, 0.5, 0.15)]
+    spread = [float(probing.faded(some, f, SEEDED).float().std()) for f in (1.0, 0.5, 0.15)]
     assert spread[1] == pytest.approx(spread[0] / 2, rel=0.1) and spread[2] < spread[1] / 2
     lost = [
-        (probing.compressed(some, q, SEEDED).float() - some.float()).abs().mean()
+        float((probing.compressed(some, q, SEEDED).float() - some.float()).abs().mean())
         for q in (95, 50, 8)
     ]
     assert 0 < lost[0] < lost[1] < lost[2]
@@ -91,7 +91,8 @@ def test_features_are_what_the_logits_are_made_of(tiny_images: data.ImageData) -
     network = BlockNetwork([8, 12], pool_after=[1]).eval()
     seen = probing.features(network, tiny_images.test)
     assert seen.shape == (len(tiny_images.test), 12)
-    logits = network.output.fc(seen)
+    with torch.inference_mode():
+        logits = network.output.fc(seen)
     torch.testing.assert_close(logits, evaluation.predict(network, tiny_images.test))
 
 

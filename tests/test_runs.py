@@ -86,7 +86,7 @@ REFUSED = {
     "branches": (*NOT_WHOLES, 0, [2]), "kernel_size": (*NOT_WHOLES, 2, [3, 2]),
     "strides": (*NOT_WHOLES, 0),
     "gate": (*NOT_A_NAME, "Softmax"), "activation": (*NOT_A_NAME, "swish"),
-    "flip": (None, 1, 0.0, "true", "yes", [True]),
+    "flip": (None, 1, 0.0, "true", "yes", [True]), "normalise": (None, 1, 0.0, "true", [True]),
 }  # fmt: skip
 
 

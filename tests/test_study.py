@@ -43,24 +43,25 @@ def tiny_study(
     monkeypatch.setattr(study, "SEEDS", (0, 1))
     variants = {"which a": {"softmax": {}, "uniform": {"gate": "uniform"}}}
     monkeypatch.setattr(study, "VARIANTS", variants)
+    monkeypatch.setattr(study, "LADDER", {"low": {"gate": "linear"}, "high": {"widths": [8, 8]}})
     return trained
 
 
-def test_every_variant_is_a_network_that_can_be_made() -> None:
+def test_every_planned_run_is_of_a_network_that_can_be_made() -> None:
     assert study.BASE in study.variants()
     like = runs.read("quick-seed0")
-    for variant, given in study.variants().items():
-        parameters = study.parameters_of(variant, 2)
-        assert given.items() <= parameters.items() and parameters["seed"] == 2
+    for name, given in study.planned().items():
+        parameters = study.parameters_of(name)
+        assert given.items() <= parameters.items() and parameters["run"] == name
         assert parameters["validation"] >= 1000, "the test set chooses nothing"
-        assert 10 < study.expected_seconds(variant, like) < 7200
+        assert 10 < study.expected_seconds(name, like) < 7200
     expected = runs.work_of(runs.settings_of(like), [50_000] * 6)
     assert runs.training_work(like) == pytest.approx(expected)
 
 
 def test_wide_networks_of_one_branch_have_the_size_that_their_names_say() -> None:
     def size(variant: str) -> tuple[float, float]:
-        settings = runs.Settings(**study.parameters_of(variant, 0))
+        settings = runs.Settings(**study.parameters_of(study.run_name(variant, 0)))
         learned = sum(p.numel() for p in settings.network().parameters() if p.requires_grad)
         return learned, runs.work_of(settings, [1.0], "as evaluated")
 
@@ -71,17 +72,18 @@ def test_wide_networks_of_one_branch_have_the_size_that_their_names_say() -> Non
 
 
 def test_missing_runs_are_run_and_others_passed_over(tiny_study: list[str]) -> None:
-    study.run_one("softmax", 1)
-    assert len(study.missing()) == 3
-    study.main([])
+    study.run_one("study-softmax-seed1")
+    assert len(study.missing()) == 5
+    study.main(["--only", "study-"])
     assert sorted(tiny_study) == [
         *("study-softmax-seed0", "study-softmax-seed1"),
         *("study-uniform-seed0", "study-uniform-seed1"),
     ]
-    assert study.missing() == []
+    assert study.missing() == ["ladder-00-low", "ladder-01-high"]
     study.main([])
-    assert len(tiny_study) == 4
-    results = study.table((0, 1))
+    study.main([])
+    assert len(tiny_study) == 6 and study.missing() == []
+    results = study.table()
     assert results[["variant", "seed"]].values.tolist() == [
         *(["softmax", 0], ["softmax", 1], ["uniform", 0], ["uniform", 1]),
     ]
@@ -93,18 +95,28 @@ def test_missing_runs_are_run_and_others_passed_over(tiny_study: list[str]) -> N
             assert row.accuracy == row.accuracy_shuffled == row.accuracy_mean
 
 
+def test_the_ladder_keeps_every_change(tiny_study: list[str]) -> None:
+    study.main(["--only", "ladder"])
+    climbed = study.ladder()
+    assert climbed["step"].tolist() == ["low", "high"]
+    assert climbed["new"].tolist() == ["gate = linear", "widths = [8, 8]"]
+    assert climbed["parameters"].is_monotonic_increasing and (climbed["seconds"] > 0).all()
+    settings = runs.settings_of(runs.read("ladder-01-high"))
+    assert (settings.gate, settings.widths) == ("linear", [8, 8])
+
+
 def test_a_cluster_runs_what_is_missing(
     tiny_study: list[str], capsys: pytest.CaptureFixture
 ) -> None:
     from distributed import LocalCluster
 
-    study.run_one("softmax", 0)
+    study.run_one("study-softmax-seed0")
     with LocalCluster(
         n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
     ) as cluster:
         study.main(["--cluster", cluster.scheduler_address])
-    assert study.missing() == [] and len(tiny_study) == 4
-    assert capsys.readouterr().out.count("is finished") == 3
+    assert study.missing() == [] and len(tiny_study) == 6
+    assert capsys.readouterr().out.count("is finished") == 5
 
 
 def test_a_cluster_that_is_not_there_is_named(tiny_study: list[str]) -> None:
