@@ -434,6 +434,19 @@ def batch_losses(batches: pd.DataFrame) -> Figure:
     return drawn
 
 
+def _names_beside(axes: Axes, names: pd.Series, x: pd.Series, y: pd.Series) -> None:
+    """The names of points at the right of the axes, pushed apart, each with a line to its point."""
+    low, high = axes.get_ylim()
+    place = -np.inf
+    for number in y.sort_values().index:
+        place = max(place + 0.065, (y[number] - low) / (high - low))
+        axes.annotate(
+            names[number], (x[number], y[number]), (1.03, place), textcoords="axes fraction",
+            va="center", fontsize=DIAGRAM_TEXT,
+            arrowprops={"arrowstyle": "-", "color": "0.75", "linewidth": 0.8, "shrinkB": 4},
+        )  # fmt: skip
+
+
 @figure
 def accuracy_by_cost(compared: pd.DataFrame, published: tuple[float, float, float]) -> Figure:
     """Test accuracy against minutes of training and against multiply-adds, on logarithmic axes.
@@ -456,18 +469,13 @@ def accuracy_by_cost(compared: pd.DataFrame, published: tuple[float, float, floa
         axes.axhline(100 * published[0], color=REFERENCE, linestyle="--", linewidth=1)
         axes.set_xscale("log")
         _large(axes)
-    labelled = compared.sort_values("accuracy")[["run", "minutes", "accuracy"]]
-    for number, (name, x, y) in enumerate(labelled.itertuples(index=False)):
-        offset = (7, -9) if number % 2 else (7, 1)  # in turn, so that close neighbours can be read
-        panels[0].annotate(
-            name, (x, 100 * y), offset, textcoords="offset points", fontsize=DIAGRAM_TEXT
-        )
+    _names_beside(panels[0], compared["run"], compared["minutes"], 100 * compared["accuracy"])
     panels[0].set(xlabel="minutes of training", ylabel="test accuracy in %")
     panels[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panels[0].xaxis.set_major_formatter("{x:g}")
     panels[0].xaxis.set_minor_formatter(NullFormatter())
     panels[1].set_xlabel("multiply-adds of the training")
-    panels[1].legend(loc="lower right", fontsize=DIAGRAM_TEXT)
+    panels[1].legend(loc="center right", fontsize=DIAGRAM_TEXT)
     for axes in panels:
         _large(axes)
     return drawn
@@ -635,12 +643,13 @@ def robustness(table: pd.DataFrame) -> Figure:
 def occlusions(images: Tensor, losses: Sequence[Tensor], titles: Sequence[str]) -> Figure:
     """Images, uint8 n×3×h×w, above what covering each place costs the answer's probability."""
     n, most = len(images), max(float(loss.abs().max()) for loss in losses)
-    drawn, panels = plt.subplots(2, n, figsize=(1.3 * WIDTH, 3.3), squeeze=False)
+    drawn, panels = plt.subplots(2, n, figsize=(1.3 * WIDTH, 3.1), squeeze=False)
     for column, (image, loss, title) in enumerate(zip(images, losses, titles)):
         _picture(panels[0, column], image)
         panels[0, column].set_title(title, fontsize=9)
         shown = panels[1, column].imshow(loss, cmap="RdBu_r", vmin=-most, vmax=most)
         panels[1, column].set(xticks=[], yticks=[])
+        panels[1, column].spines[:].set_visible(False)
     drawn.colorbar(shown, ax=panels[1, :], label="lost", fraction=0.05)
     return drawn
 
