@@ -498,7 +498,7 @@ def accuracy_by_epoch(
         end = begin + len(list(epochs))
         axes.axvspan(begin, end, color="0.93", linewidth=0)
         axes.annotate(
-            f"learnt from\n{size}×{size}", ((begin + end) / 2, 0.77),
+            f"learnt from\n{size}×{size}", ((begin + end) / 2, 0.985),
             xycoords=("data", "axes fraction"), ha="center", va="top", color=REFERENCE, fontsize=9,
         )  # fmt: skip
         begin = end
