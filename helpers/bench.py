@@ -139,7 +139,10 @@ def step_of(
     optimizers = training.make_optimizers(network, chosen)
     if compiled:
         network = torch.compile(network)
-    return lambda: training.train_batch(network, x, labels, optimizers, chosen.label_smoothing)
+    weights = torch.ones(len(x))
+    return lambda: training.train_batch(
+        network, x, labels, weights, optimizers, chosen.label_smoothing
+    )
 
 
 def bench_steps() -> pd.DataFrame:

@@ -22,7 +22,13 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    SequentialSampler,
+    SubsetRandomSampler,
+)
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, extract_archive
 
@@ -423,13 +429,13 @@ class _Batches(Dataset):
         self.images, self.augment = images, augment
         self.epoch = 0
 
-    def __getitem__(self, index: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         chosen = torch.tensor(index)
         batch = self.images.subset(chosen.to(self.images.labels.device))
         images = batch.images
         if self.augment is not None:
             images = self.augment(images, chosen, self.epoch)
-        return normalise(images), batch.labels
+        return normalise(images), batch.labels, chosen
 
     def __len__(self) -> int:
         return len(self.images)
@@ -438,24 +444,28 @@ class _Batches(Dataset):
 def training_loader(
     images: ImageSet, batch_size: int, augment: Augment, generator: torch.Generator
 ) -> DataLoader:
-    """Shuffled, augmented, normalised batches (b×3×32×32 floats, b labels); the last is ragged.
+    """Shuffled, augmented, normalised batches; the last is ragged.
 
-    The order comes from `generator` alone, so that nothing else that draws random numbers, such
-    as another loader, changes the training. Call `set_epoch` before each epoch.
+    A batch is b×3×32×32 floats, b labels and the b numbers of its images in the set. The order
+    comes from `generator` alone, so that nothing else that draws random numbers, such as another
+    loader, changes the training. Call `set_epoch` before each epoch.
     """
     source = _Batches(images, augment)
-    order = RandomSampler(source, generator=generator)
+    order = SubsetRandomSampler(range(len(images)), generator)
     sampler = BatchSampler(order, batch_size, drop_last=False)
     return DataLoader(source, sampler=sampler, batch_size=None, generator=generator)
 
 
-def set_epoch(loader: DataLoader, epoch: int) -> None:
-    """Tell a training loader which epoch, counted from 0, it is about to give."""
+def set_epoch(loader: DataLoader, epoch: int, numbers: Tensor | None = None) -> None:
+    """Tell a training loader which epoch, counted from 0, it is about to give, and the numbers of
+    the images in it (all of the set, if they are not given)."""
     loader.dataset.epoch = epoch
+    everyone = range(len(loader.dataset))
+    loader.sampler.sampler.indices = everyone if numbers is None else numbers.tolist()
 
 
 def evaluation_loader(images: ImageSet, batch_size: int = 500) -> DataLoader:
-    """Clean, normalised batches in the images' own order; the last is ragged."""
+    """Clean, normalised batches in the images' own order, as `training_loader` gives them."""
     source = _Batches(images, None)
     sampler = BatchSampler(SequentialSampler(source), batch_size, drop_last=False)
     # A DataLoader draws a number from the global generator for each iterator; this one does not.

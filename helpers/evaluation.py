@@ -56,7 +56,7 @@ def predict(
     total = torch.zeros(len(images), 10)
     for mirrored, down, right, weight in views:
         seen = view(images, mirrored, down, right)
-        batches = [network(x.to(device)).float().cpu() for x, _ in evaluation_loader(seen)]
+        batches = [network(x.to(device)).float().cpu() for x, *_ in evaluation_loader(seen)]
         total += weight * torch.cat(batches)
     network.train(was_training)
     return total
@@ -212,7 +212,7 @@ def gates(network: nn.Module, images: ImageSet) -> list[Tensor]:
     with the network in evaluation mode."""
     was_training = network.training
     network.eval()
-    batches = [network.gates(x) for x, _ in evaluation_loader(images)]
+    batches = [network.gates(x) for x, *_ in evaluation_loader(images)]
     network.train(was_training)
     return [torch.cat(block).float().cpu() for block in zip(*batches)]
 

@@ -117,7 +117,7 @@ def features(network: BlockNetwork, images: ImageSet) -> Tensor:
     hook = network.output.fc[0].register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
     try:
         network.eval()
-        for x, _ in evaluation_loader(images):
+        for x, *_ in evaluation_loader(images):
             network(x)
     finally:
         hook.remove()

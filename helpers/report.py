@@ -434,8 +434,8 @@ def pdf_content(run: runs.Run) -> dict:
             [name.replace("_", " "), str(run.config[name])]
             for name in (
                 "epochs", "first_sizes", "batch_size", "learning_rate", "momentum",
-                "adam_learning_rate", "label_smoothing", "translate", "cutout", "widths",
-                "branches", "kernel_size",
+                "adam_learning_rate", "label_smoothing", "translate", "cutout", "skip_easy",
+                "widths", "branches", "kernel_size",
             )
         ],
         "seeds": [

@@ -160,6 +160,7 @@ class Settings:
     translate: int = whole(2, 0, 31)
     flip: bool = flag(True)
     cutout: int = whole(0, 0, 31)
+    skip_easy: float = real(0.0, 0.0, 0.9)  # share of the easier images that an epoch leaves out
     # the measuring
     measure_training_every: int = whole(1, 1, 10_000)  # epochs; the test set after each of them
 
@@ -203,6 +204,11 @@ class Settings:
         """Of the gates in an epoch, counted from 1: it falls linearly, and is 1 in the second half
         of the run (Dynamic Convolution, arXiv 1912.03458, lets it fall over its first epochs)."""
         return 1 + (self.temperature - 1) * max(0.0, 1 - 2 * (epoch - 1) / self.epochs)
+
+    def skip_easy_in(self, epoch: int) -> float:
+        """The share of easy images left out of an epoch, counted from 1: none in the last eighth
+        of the run, as in InfoBatch (arXiv 2303.04947)."""
+        return self.skip_easy if epoch <= 7 / 8 * self.epochs else 0.0
 
     def network(self) -> nn.Module:
         """The network of these parameters, freshly initialised."""

@@ -117,18 +117,38 @@ def set_learning_rate(optimizers: list[Optimizer], step: int, steps: int) -> flo
 
 
 def train_batch(
-    network: nn.Module, x: Tensor, labels: Tensor, optimizers: list[Optimizer], smoothing: float
-) -> tuple[float, int]:
-    """One step on one batch: its loss before the step, and how many images it had right."""
+    network: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    optimizers: list[Optimizer],
+    smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """One step on one batch, whose images count as `weights` says: before the step, the loss of
+    each of its b images, and whether it was right."""
     with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=x.is_cuda):
         logits = network(x)
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+    losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
     for optimizer in optimizers:
         optimizer.zero_grad()
-    loss.backward()
+    (weights.to(x.device) * losses).mean().backward()
     for optimizer in optimizers:
         optimizer.step()
-    return loss.item(), int((logits.argmax(dim=1) == labels).sum())
+    return losses.detach().cpu(), (logits.argmax(dim=1) == labels).cpu()
+
+
+def importance(losses: Tensor, skip: float, generator: torch.Generator) -> Tensor:
+    """How much each of N images counts in an epoch, given their last losses.
+
+    Of those that are learned better than the mean, the share `skip` is drawn and left out (0), and
+    the others count for them too (1/(1 − skip)), so that the gradient stays right in the mean; all
+    others count 1 (InfoBatch: Qin et al., arXiv 2303.04947).
+    """
+    if not skip:
+        return torch.ones(len(losses))
+    easy = losses < losses.mean()
+    skipped = easy & (torch.rand(len(losses), generator=generator) < skip)
+    return torch.where(easy, 1 / (1 - skip), 1.0).masked_fill(skipped, 0.0)
 
 
 class Underway:
@@ -136,12 +156,14 @@ class Underway:
 
     Attributes:
         epoch: the one that is being trained, counted from 1.
+        losses: the last loss of each training image.
+        importance: how much each image counts in this epoch; 0 for those that are left out.
         batch: how many of its batches are done.
-        loss_sum, right, seen, seconds: of those batches, for the epoch's row.
+        loss_sum, right, weight, seen, seconds: of those batches, for the epoch's row.
     """
 
     def __init__(self, network: nn.Module, training: ImageSet, settings: Settings) -> None:
-        self.network = network
+        self.network, self.settings = network, settings
         self.optimizers = make_optimizers(network, settings)
         # Shuffling and augmentation draw from this generator and from no other.
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -151,21 +173,28 @@ class Underway:
         self.loader = training_loader(
             training, settings.batch_size, self.augmentation, self.generator
         )
+        self.losses = torch.zeros(len(training))
         self.begin_epoch(1)
 
     def begin_epoch(self, epoch: int) -> None:
         self.epoch, self.batch, self.rows = epoch, 0, []
-        self.loss_sum, self.right, self.seen, self.seconds = 0.0, 0, 0, 0.0
+        self.loss_sum, self.right, self.weight, self.seen, self.seconds = 0.0, 0.0, 0.0, 0, 0.0
+        skip = self.settings.skip_easy_in(epoch)
+        self.importance = importance(self.losses, skip, self.generator)
         self.drawn = self.generator.get_state()
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def count(self) -> int:
+        """The batches of this epoch."""
+        return math.ceil(int(self.importance.count_nonzero()) / self.settings.batch_size)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The batches of the epoch that are still to be done.
 
         After an interruption the epoch's draws are made again from its start, and the batches
         that are done are passed over; that takes a moment, and gives exactly the same rest.
         """
         self.generator.set_state(self.drawn)
-        set_epoch(self.loader, self.epoch - 1)
+        set_epoch(self.loader, self.epoch - 1, self.importance.nonzero().flatten())
         return itertools.islice(self.loader, self.batch, None)
 
     def state(self) -> dict[str, Any]:
@@ -178,7 +207,34 @@ class Underway:
             "machine": machine_of(self.network),
         } | {name: getattr(self, name) for name in self.POSITION}
 
-    POSITION = ("epoch", "batch", "rows", "loss_sum", "right", "seen", "seconds")
+    def note(self, index: Tensor, losses: Tensor, hits: Tensor, rate: float) -> float:
+        """Of a batch that is done: which images, their losses, whether they were right, and the
+        learning rate. Returns the batch's loss."""
+        weights = self.importance[index]
+        loss = float((weights * losses).mean())
+        self.batch += 1
+        self.rows.append(
+            {"epoch": self.epoch, "batch": self.batch, "loss": loss, "learning_rate": rate}
+        )
+        self.losses[index] = losses
+        self.loss_sum += loss * len(index)
+        self.right += float(weights @ hits.float())
+        self.weight += float(weights.sum())
+        self.seen += len(index)
+        return loss
+
+    POSITION = (
+        "epoch",
+        "losses",
+        "importance",
+        "batch",
+        "rows",
+        "loss_sum",
+        "right",
+        "weight",
+        "seen",
+        "seconds",
+    )
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go back to a `state()`."""
@@ -205,25 +261,21 @@ def train_epoch(
     underway.network.train()
     for block in underway.network.blocks:
         block.temperature = settings.temperature_in(underway.epoch)
-    count, begin = len(underway.loader), time.perf_counter() - underway.seconds
+    count, begin = underway.count(), time.perf_counter() - underway.seconds
     saved = time.perf_counter()
     size = settings.image_size(underway.epoch)
-    for x, labels in underway.batches():
+    for x, labels, index in underway.batches():
         done = (underway.epoch - 1) * count + underway.batch
-        factor = set_learning_rate(underway.optimizers, done, settings.epochs * count)
-        loss, hits = train_batch(
-            underway.network, shrink(x, size), labels, underway.optimizers, settings.label_smoothing
+        rate = settings.learning_rate * set_learning_rate(
+            underway.optimizers, done, settings.epochs * count
         )
-        underway.batch += 1
-        rate = factor * settings.learning_rate
+        losses, hits = train_batch(
+            underway.network, shrink(x, size), labels, underway.importance[index],
+            underway.optimizers, settings.label_smoothing,
+        )  # fmt: skip
+        loss = underway.note(index, losses, hits, rate)
         if not math.isfinite(loss):
             raise diverged(f"The loss is {loss}", underway, rate)
-        underway.rows.append(
-            {"epoch": underway.epoch, "batch": underway.batch, "loss": loss, "learning_rate": rate}
-        )
-        underway.right += hits
-        underway.seen += len(labels)
-        underway.loss_sum += loss * len(labels)
         underway.seconds = time.perf_counter() - begin
         if time.perf_counter() - saved > SECONDS_BETWEEN_CHECKPOINTS:
             check_weights(underway)
@@ -233,7 +285,7 @@ def train_epoch(
     save()  # before the epoch is measured, which takes a while
     return {
         "epoch": underway.epoch, "loss": underway.loss_sum / underway.seen,
-        "training_accuracy_running": underway.right / underway.seen,
+        "training_accuracy_running": underway.right / underway.weight,
         "learning_rate": underway.rows[-1]["learning_rate"],
         "seconds": underway.seconds, "images_per_second": underway.seen / underway.seconds,
     }  # fmt: skip
@@ -320,7 +372,7 @@ def train_and_record(
 def go_on(underway: Underway, state: dict[str, Any], settings: Settings, record: Record) -> None:
     """Take up a run where its checkpoint was, and say so; also if the machine is another."""
     underway.restore(state)
-    where = f"after batch {underway.batch} of {len(underway.loader)} in epoch {underway.epoch}"
+    where = f"after batch {underway.batch} of {underway.count()} in epoch {underway.epoch}"
     if underway.epoch > settings.epochs:
         where = "after its last epoch"
     record.say(f"run {record.name} goes on {where}")

@@ -469,7 +469,7 @@ def epochs_of(
     batches = []
     for epoch in range(2):
         data.set_epoch(loader, epoch)
-        for x, _ in loader:
+        for x, *_ in loader:
             batches.append(x)
             between()
     return batches
@@ -483,15 +483,32 @@ def test_training_loader_gives_every_image_once_with_its_label(small: ImageData)
     numbered = ImageSet(small.train.images[:1000], torch.arange(1000))
     loader = data.training_loader(numbered, 300, plain, seeded())
     batches = list(loader)
-    assert [len(y) for _, y in batches] == [300, 300, 300, 100]  # the last is ragged
-    order = torch.cat([y for _, y in batches])
+    assert [len(y) for _, y, _ in batches] == [300, 300, 300, 100]  # the last is ragged
+    order = torch.cat([y for _, y, _ in batches])
     assert torch.equal(order.sort().values, torch.arange(1000))
     assert not torch.equal(order, torch.arange(1000))
-    x = torch.cat([x for x, _ in batches])
+    x = torch.cat([x for x, *_ in batches])
     assert torch.equal(x, data.normalise(numbered.images[order]))
     assert x.dtype == torch.float32 and order.dtype == torch.int64
     assert batches[0][0].is_contiguous(memory_format=torch.channels_last)
-    assert not torch.equal(torch.cat([y for _, y in loader]), order)  # another epoch, another order
+    again = torch.cat([y for _, y, _ in loader])
+    assert not torch.equal(again, order)  # another epoch, another order
+
+
+def test_training_loader_gives_only_the_images_of_the_epoch_and_their_numbers(
+    small: ImageData,
+) -> None:
+    loader = data.training_loader(small.train, 8, plain, seeded())
+    data.set_epoch(loader, 0, torch.tensor([3, 50, 7, 700, 20, 21, 22, 23, 24]))
+    batches = list(loader)
+    assert [len(numbers) for *_, numbers in batches] == [8, 1]
+    numbers = torch.cat([numbers for *_, numbers in batches])
+    assert sorted(numbers.tolist()) == [3, 7, 20, 21, 22, 23, 24, 50, 700]
+    x = torch.cat([x for x, *_ in batches])
+    assert torch.equal(x, data.normalise(small.train.images[numbers]))
+    assert torch.equal(torch.cat([y for _, y, _ in batches]), small.train.labels[numbers])
+    data.set_epoch(loader, 1)  # all again
+    assert sum(len(y) for _, y, _ in loader) == len(small.train)
 
 
 def test_augmentation_gets_the_images_their_numbers_and_the_epoch(small: ImageData) -> None:
@@ -518,9 +535,9 @@ def test_loading_leaves_the_images_alone(small: ImageData) -> None:
 
 def test_evaluation_loader_is_clean_in_order_and_ragged(small: ImageData) -> None:
     batches = list(data.evaluation_loader(small.test, 300))
-    assert [len(y) for _, y in batches] == [300, 300, 300, 100]
-    assert torch.equal(torch.cat([y for _, y in batches]), small.test.labels)
-    assert torch.equal(torch.cat([x for x, _ in batches]), data.normalise(small.test.images))
+    assert [len(y) for _, y, _ in batches] == [300, 300, 300, 100]
+    assert torch.equal(torch.cat([y for _, y, _ in batches]), small.test.labels)
+    assert torch.equal(torch.cat([x for x, *_ in batches]), data.normalise(small.test.images))
 
 
 def test_normalise_is_the_formula(small: ImageData) -> None:

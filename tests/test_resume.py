@@ -58,7 +58,12 @@ def undisturbed(
         return training.train(tiny_images, QUICK, lambda line: None)
 
 
-def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch, images: data.ImageData) -> None:
+def stop_after(
+    steps: int,
+    monkeypatch: pytest.MonkeyPatch,
+    images: data.ImageData,
+    settings: Settings = QUICK,
+) -> None:
     """Train until the interrupt button is pressed, in the middle of step `steps` + 1."""
     step, done = training.train_batch, []
 
@@ -72,7 +77,7 @@ def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch, images: data.ImageDa
     with monkeypatch.context() as patch:
         patch.setattr(training, "train_batch", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run_to_the_end(images)
+            run_to_the_end(images, settings)
 
 
 def assert_same_run(ours: tuple, theirs: tuple) -> None:
@@ -102,6 +107,17 @@ def test_a_stopped_run_gives_the_same_bits(
     assert ours[2][0] == (f"run stopped goes on after batch {batch} of 5 in epoch {epoch + 1}")
     assert len(runs.read("stopped").batches) == 10
     assert not list(folder.glob("checkpoint*")) and not (folder / ".lock").exists()
+
+
+def test_a_stopped_epoch_goes_on_without_the_same_easy_images(
+    tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dataclasses.replace(QUICK, epochs=3, skip_easy=0.8, run="straight")
+    expected = run_to_the_end(tiny_images, settings)
+    assert expected[1].batches.groupby("epoch").size().tolist()[1] < 5
+    stopped = dataclasses.replace(settings, run="stopped")
+    stop_after(7, monkeypatch, tiny_images, stopped)  # two batches into the second epoch
+    assert_same_run(run_to_the_end(tiny_images, stopped), expected)
 
 
 def test_the_optimisers_state_comes_back(
@@ -303,11 +319,11 @@ def test_without_a_name_an_unfinished_run_is_continued_and_a_finished_one_never(
 def test_a_loss_that_is_not_finite_stops_the_run_and_marks_it(
     tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
-    step, losses = training.train_batch, [None] * 6 + [float("nan")]
+    step, factors = training.train_batch, [1.0] * 6 + [float("nan")]
 
-    def diverge(*arguments: object) -> tuple[float, int]:
-        loss, right = step(*arguments)
-        return losses.pop(0) or loss, right
+    def diverge(*arguments: object) -> tuple:
+        losses, right = step(*arguments)
+        return losses * factors.pop(0), right
 
     monkeypatch.setattr(training, "train_batch", diverge)
     with pytest.raises(training.TrainingError, match="nan in epoch 2, batch 2"):
@@ -328,7 +344,7 @@ def test_weights_that_are_not_finite_are_never_kept(
     """The loss is that before the step, so the step may spoil the weights behind a good loss."""
     step, done = training.train_batch, []
 
-    def spoil(network: torch.nn.Module, *arguments: object) -> tuple[float, int]:
+    def spoil(network: torch.nn.Module, *arguments: object) -> tuple:
         result = step(network, *arguments)
         done.append(1)
         if len(done) == poisoned:

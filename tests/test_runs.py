@@ -80,7 +80,7 @@ REFUSED = {
     "epochs": (*NOT_WHOLE, 0), "batch_size": (*NOT_WHOLE, 0), "translate": NOT_WHOLE,
     "cutout": (*NOT_WHOLE, 32), "measure_training_every": (*NOT_WHOLE, 0),
     "learning_rate": NOT_REAL, "momentum": (*NOT_REAL, 1), "adam_learning_rate": NOT_REAL,
-    "label_smoothing": (*NOT_REAL, 1), "temperature": (*NOT_REAL, 0.5),
+    "label_smoothing": (*NOT_REAL, 1), "skip_easy": (*NOT_REAL, 1), "temperature": (*NOT_REAL, 0.5),
     "widths": (*NOT_WHOLES, []), "first_sizes": (*NOT_WHOLES, [33], [7]),
     "pool_after": (*NOT_WHOLES, [7]), "residual": (*NOT_WHOLES, [7], [3]),
     "branches": (*NOT_WHOLES, 0, [2]), "kernel_size": (*NOT_WHOLES, 2, [3, 2]),

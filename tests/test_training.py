@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,10 @@ def test_the_record_holds_every_batch_and_exact_accuracies(tiny_images: data.Ima
 def test_running_accuracy_and_loss_are_of_images_not_of_batches(
     tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "train_batch", lambda n, x, labels, o, s: (len(labels), 1))
+    def losses_as_large_as_the_batch(network: object, x: torch.Tensor, *others: object) -> tuple:
+        return torch.full((len(x),), float(len(x))), torch.arange(len(x)) == 0
+
+    monkeypatch.setattr(training, "train_batch", losses_as_large_as_the_batch)
     settings = dataclasses.replace(SMALL, batch_size=90, epochs=1)  # 160 images: 90 and 70
     _, run = quiet(tiny_images, settings)
     row = run.history.iloc[0]
@@ -151,13 +155,17 @@ def test_a_batch_is_one_step_on_the_smoothed_cross_entropy(tiny_images: data.Ima
     logits = network(x)
     expected = -(
         0.9 * logits.log_softmax(1)[range(32), labels] + 0.1 * logits.log_softmax(1).mean(1)
-    ).mean()
-    hits = int((logits.argmax(1) == labels).sum())
+    )
+    hits = logits.argmax(1) == labels
     optimizers = training.make_optimizers(network, SMALL)
     before = [p.detach().clone() for p in network.parameters() if p.requires_grad]
-    loss, right = training.train_batch(network, x, labels, optimizers, smoothing=0.1)
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
-    assert right == hits
+    weights = torch.arange(32) / 16
+    (weights * expected).mean().backward(inputs=list(network.output.parameters()))
+    gradient = network.output.fc[0].weight.grad.clone()
+    losses, right = training.train_batch(network, x, labels, weights, optimizers, smoothing=0.1)
+    torch.testing.assert_close(losses, expected.detach())
+    assert torch.equal(right, hits)
+    torch.testing.assert_close(network.output.fc[0].weight.grad, gradient)
     after = [p for p in network.parameters() if p.requires_grad]
     moved = [not torch.equal(old, new) for old, new in zip(before, after)]
     # The gates move too: they would not, if all branches of a block began alike.
@@ -175,7 +183,8 @@ def test_a_small_batch_is_learnt_to_zero_loss(tiny_images: data.ImageData) -> No
     losses = []
     for step in range(150):
         training.set_learning_rate(optimizers, step, 150)
-        losses.append(training.train_batch(network, x, labels, optimizers, smoothing=0.0)[0])
+        step_losses, _ = training.train_batch(network, x, labels, torch.ones(16), optimizers, 0.0)
+        losses.append(step_losses.mean())
     assert losses[0] > 1.5
     assert losses[-1] < 0.02
 
@@ -217,6 +226,30 @@ def test_the_first_epochs_see_small_images_and_the_others_whole_ones(
     assert len(lines) == 3
     for size, line in zip((16, 24, 32), lines):
         assert f"{size}×{size}" in line
+
+
+def test_easy_images_left_out_of_an_epoch_are_made_up_for_by_the_others() -> None:
+    losses = torch.tensor([0.1, 0.2, 0.3, 9.0]).repeat(5000)  # three in four below the mean
+    counts = training.importance(losses, 0.6, torch.Generator().manual_seed(0))
+    easy = losses < 1
+    assert (counts[~easy] == 1).all()
+    torch.testing.assert_close(counts[easy].unique(), torch.tensor([0.0, 2.5]))
+    assert (counts[easy] == 0).float().mean() == pytest.approx(0.6, abs=0.02)
+    assert counts.mean() == pytest.approx(1.0, abs=0.02)
+
+
+def test_an_epoch_without_easy_images_is_shorter_and_the_last_ones_see_all(
+    tiny_images: data.ImageData,
+) -> None:
+    settings = dataclasses.replace(SMALL, epochs=8, skip_easy=0.8)
+    _, run = quiet(tiny_images, settings)
+    images = (run.history["images_per_second"] * run.history["seconds"]).round()
+    assert images.iloc[0] == images.iloc[7] == 160  # nothing is known yet; and the last eighth
+    assert (images.iloc[1:7] < 140).all()
+    rates = run.batches["learning_rate"]
+    assert rates.is_monotonic_decreasing and rates.iloc[-1] == pytest.approx(0.07 / (8 * 5))
+    batches = run.batches.groupby("epoch").size()
+    assert batches.tolist() == [math.ceil(n / 32) for n in images]
 
 
 def test_orthogonal_steps_have_singular_values_near_one() -> None:
