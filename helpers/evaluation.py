@@ -232,6 +232,11 @@ def leading_shares(a: Tensor) -> Tensor:
     return a.abs().argmax(dim=1).bincount(minlength=a.shape[1]) / len(a)
 
 
+def driving(a: Tensor, count: int) -> Tensor:
+    """The numbers of the images with the largest weight for each branch, L×count, largest first."""
+    return a.topk(count, dim=0).indices.t()
+
+
 def kernel_similarity(block: nn.Module) -> Tensor:
     """The mean cosine between the kernels of any two branches with kernels of one size, each bank
     out×in×k×k taken as one vector; NaN where there are no two such branches."""

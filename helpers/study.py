@@ -254,6 +254,58 @@ def compare(results: pd.DataFrame, base: str = BASE, value: str = "accuracy") ->
     return compared
 
 
+def verdicts(compared: pd.DataFrame, question: str) -> pd.DataFrame:
+    """What `compare` says of the variants under one question of `VARIANTS`, in words and points."""
+    rows = compared.loc[[name for name in VARIANTS[question] if name != BASE]]
+    points = 100 * rows[["difference", "low", "high"]]
+    return pd.DataFrame(
+        {
+            "accuracy": [f"{mean:.2%}" for mean in rows["mean"]],
+            f"points more than {BASE}": [f"{d:+.2f}" for d in points["difference"]],
+            "95% interval": [
+                f"{low:+.2f} to {high:+.2f}"
+                for low, high in zip(points["low"], points["high"], strict=True)
+            ],
+            "verdict": [
+                "cannot be told apart" if undecided else "better" if difference > 0 else "worse"
+                for undecided, difference in zip(rows["undecided"], rows["difference"], strict=True)
+            ],
+        },
+        index=rows.index,
+    )
+
+
+def summary(compared: pd.DataFrame) -> str:
+    """All verdicts in a sentence or three."""
+    every = pd.concat([verdicts(compared, question) for question in VARIANTS])
+    points = every[f"points more than {BASE}"]
+    sentences = [f"Against `{BASE}` with four branches ({compared.loc[BASE, 'mean']:.2%}):"]
+    for verdict in ("better", "worse", "cannot be told apart"):
+        names = every.index[every["verdict"] == verdict]
+        if len(names):
+            named = ", ".join(f"{name} ({points[name]})" for name in names)
+            sentences.append(f"**{verdict}** {named};")
+    return " ".join(sentences).rstrip(";") + " (points of validation accuracy)."
+
+
+def use_of_a(results: pd.DataFrame) -> pd.DataFrame:
+    """Mean accuracies over seeds with the computed a, another image's, and each block's mean; a
+    row a variant."""
+    means = results.groupby("variant", sort=False)[list(ACCURACIES)].mean()
+    return means.set_axis(["computed", "shuffled", "mean"], axis=1)
+
+
+def similarities() -> pd.DataFrame:
+    """The mean cosine between the kernels of two branches, a row a variant, a column a block;
+    variants that have no two kernels of one size are left out."""
+    rows = {}
+    for variant in variants():
+        said = [runs.read_json(runs.RUNS / run_name(variant, s) / "study.json") for s in SEEDS]
+        cosines = pd.DataFrame([one["kernel_similarity"] for one in said], dtype=float)
+        rows[variant] = cosines.set_axis([f"B{k + 1}" for k in cosines], axis=1).mean()
+    return pd.DataFrame(rows).T.dropna(how="all")
+
+
 # ---- the command
 
 

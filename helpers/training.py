@@ -131,7 +131,8 @@ def train_batch(
     losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
     for optimizer in optimizers:
         optimizer.zero_grad()
-    (weights.to(x.device) * losses).mean().backward()
+    weights = weights.to(x.device)
+    (weights @ losses / weights.sum()).backward()
     for optimizer in optimizers:
         optimizer.step()
     return losses.detach().cpu(), (logits.argmax(dim=1) == labels).cpu()
@@ -211,13 +212,13 @@ class Underway:
         """Of a batch that is done: which images, their losses, whether they were right, and the
         learning rate. Returns the batch's loss."""
         weights = self.importance[index]
-        loss = float((weights * losses).mean())
+        loss = float(weights @ losses / weights.sum())
         self.batch += 1
         self.rows.append(
             {"epoch": self.epoch, "batch": self.batch, "loss": loss, "learning_rate": rate}
         )
         self.losses[index] = losses
-        self.loss_sum += loss * len(index)
+        self.loss_sum += float(weights @ losses)
         self.right += float(weights @ hits.float())
         self.weight += float(weights.sum())
         self.seen += len(index)
@@ -284,7 +285,7 @@ def train_epoch(
     check_weights(underway)
     save()  # before the epoch is measured, which takes a while
     return {
-        "epoch": underway.epoch, "loss": underway.loss_sum / underway.seen,
+        "epoch": underway.epoch, "loss": underway.loss_sum / underway.weight,
         "training_accuracy_running": underway.right / underway.weight,
         "learning_rate": underway.rows[-1]["learning_rate"],
         "seconds": underway.seconds, "images_per_second": underway.seen / underway.seconds,

@@ -93,6 +93,14 @@ def test_missing_runs_are_run_and_others_passed_over(tiny_study: list[str]) -> N
         assert not (run.folder / "weights.pt").exists()
         if row.variant == "uniform":  # whose a is that of any other image
             assert row.accuracy == row.accuracy_shuffled == row.accuracy_mean
+    used = study.use_of_a(results)
+    assert used.index.tolist() == ["softmax", "uniform"]
+    mean = results.loc[results["variant"] == "softmax", "accuracy_shuffled"].mean()
+    assert used.loc["softmax", "shuffled"] == pytest.approx(mean)
+    alike = study.similarities()
+    said = [runs.read_json(runs.RUNS / f"study-softmax-seed{s}" / "study.json") for s in (0, 1)]
+    expected = np.mean([one["kernel_similarity"][1] for one in said])
+    assert alike.loc["softmax", "B2"] == pytest.approx(expected)
 
 
 def test_the_ladder_keeps_every_change(tiny_study: list[str]) -> None:
@@ -165,3 +173,27 @@ def test_similarity_of_kernels_and_the_branch_that_leads() -> None:
     assert evaluation.kernel_similarity(BlockNetwork([4], branches=1).blocks[0]).isnan()
     a = torch.tensor([[0.5, 0.3, 0.2], [0.1, -0.8, 0.1], [0.2, 0.5, 0.3], [0.6, 0.2, 0.2]])
     assert evaluation.leading_shares(a).tolist() == [0.5, 0.5, 0.0]
+    assert evaluation.driving(a, 2)[:2].tolist() == [[3, 0], [2, 0]]
+
+
+def test_verdicts_say_what_the_intervals_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = pd.DataFrame(
+        {
+            "mean": [0.8, 0.81, 0.79, 0.8],
+            "difference": [0.0, 0.01, -0.01, 0.001],
+            "low": [0.0, 0.005, -0.02, -0.002],
+            "high": [0.0, 0.015, -0.001, 0.004],
+            "undecided": [True, False, False, True],
+        },
+        index=["softmax", "up", "down", "level"],
+    )
+    asked = {"first": {"softmax": {}, "up": {}}, "second": {"down": {}, "level": {}}}
+    monkeypatch.setattr(study, "VARIANTS", asked)
+    assert study.verdicts(compared, "first")["verdict"].to_dict() == {"up": "better"}
+    second = study.verdicts(compared, "second")
+    assert second["verdict"].to_dict() == {"down": "worse", "level": "cannot be told apart"}
+    assert second.loc["down"].tolist()[:3] == ["79.00%", "-1.00", "-2.00 to -0.10"]
+    assert study.summary(compared) == (
+        "Against `softmax` with four branches (80.00%): **better** up (+1.00); **worse** down "
+        "(-1.00); **cannot be told apart** level (+0.10) (points of validation accuracy)."
+    )

@@ -160,7 +160,7 @@ def test_a_batch_is_one_step_on_the_smoothed_cross_entropy(tiny_images: data.Ima
     optimizers = training.make_optimizers(network, SMALL)
     before = [p.detach().clone() for p in network.parameters() if p.requires_grad]
     weights = torch.arange(32) / 16
-    (weights * expected).mean().backward(inputs=list(network.output.parameters()))
+    (weights @ expected / weights.sum()).backward(inputs=list(network.output.parameters()))
     gradient = network.output.fc[0].weight.grad.clone()
     losses, right = training.train_batch(network, x, labels, weights, optimizers, smoothing=0.1)
     torch.testing.assert_close(losses, expected.detach())
