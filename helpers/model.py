@@ -27,7 +27,8 @@ ACTIVATIONS = {"none": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn
 
 # Where which form is the cheapest on a CPU, measured by `make bench`: `IntermediateBlock.parts`.
 MIXING_POSITIONS = 144  # of a map from which on it pays to mix the kernels of each image
-WINOGRAD_CHANNELS = 96  # in and out, from which on Winograd's products outweigh his transforms
+WINOGRAD_CHANNELS = 24  # in·out / (in + out), from which on Winograd's tiles pay against fused
+WINOGRAD_A_BRANCH = 20  # the same, for each 3×3 branch, against mixed kernels
 KERNELS_AT_ONCE = 2**24  # numbers in the mixed kernels that exist at a time (64 MiB)
 TILES_AT_ONCE = 256  # so that what is made of them stays in the cache
 
@@ -157,22 +158,23 @@ class IntermediateBlock(nn.Module):
 
         A mixed kernel is one convolution instead of L, but has to be made for each image, however
         small its map: large maps. Winograd's tiles save more than half of the multiplications of
-        3×3 kernels, at a price for each channel: many channels. The rest as written. Measured on
-        a CPU (`make bench`), and used only there.
+        3×3 kernels (in·out), at a price for each channel (in + out): many channels, and against
+        mixed kernels, whose price hardly grows with L, few branches. The rest as written. Measured
+        on a CPU (`make bench`), and used only there.
         """
         everyone = list(range(len(self.branches)))
         if self.form != "auto" or x.device.type != "cpu":
             return [("branches" if self.form == "auto" else self.form, everyone)]
         sizes = [branch.kernel_size[0] for branch in self.branches]
         positions = math.ceil(x.shape[2] / self.stride) * math.ceil(x.shape[3] / self.stride)
-        narrow = min(x.shape[1], self.branches[0].out_channels) < WINOGRAD_CHANNELS
-        if positions >= MIXING_POSITIONS and sum(k * k for k in sizes) >= 2 * max(sizes) ** 2:
-            return [("grouped", everyone)]
-        if narrow or self.stride > 1 or 3 not in sizes:
-            return [("fused", everyone)]
-        threes = [l for l, k in enumerate(sizes) if k == 3]
-        rest = [l for l, k in enumerate(sizes) if k != 3]
-        return [("winograd", threes)] + [("fused", rest)] * bool(rest)
+        mixing = positions >= MIXING_POSITIONS and sum(k * k for k in sizes) >= 2 * max(sizes) ** 2
+        threes = [l for l, k in enumerate(sizes) if k == 3 and self.stride == 1]
+        rest = [l for l in everyone if l not in threes]
+        c, out = x.shape[1], self.branches[0].out_channels
+        needed = WINOGRAD_A_BRANCH * len(threes) if mixing else WINOGRAD_CHANNELS
+        if threes and c * out / (c + out) >= needed:
+            return [("winograd", threes)] + [("fused", rest)] * bool(rest)
+        return [("grouped" if mixing else "fused", everyone)]
 
     @torch.compiler.disable  # its functions have gradients of their own, which are not for tracing
     def evaluate(self, form: str, part: list[int], x: Tensor, a: Tensor) -> Tensor:

@@ -336,7 +336,7 @@ def parts_of(size, kernel_size, stride=1, channels=(128, 128), device="cpu"):
         (4, (3,), 1, [("winograd", [0])]),
         (8, (3, 3), 2, [("fused", [0, 1])]),
         (8, (5, 5), 1, [("fused", [0, 1])]),
-        (16, (1, 3, 3), 1, [("grouped", [0, 1, 2])]),  # 1×1 padded: still a convolution saved
+        (16, (1, 3, 3), 1, [("winograd", [1, 2]), ("fused", [0])]),  # only two
         (32, (1, 5), 1, [("fused", [0, 1])]),  # the 1×1 branch is hardly a convolution saved
         (8, (1, 3, 3, 5), 1, [("winograd", [1, 2]), ("fused", [0, 3])]),
     ],
@@ -345,10 +345,17 @@ def test_auto_takes_the_cheapest_forms_by_shapes(size, kernel_size, stride, part
     assert parts_of(size, kernel_size, stride) == parts
 
 
-@pytest.mark.parametrize("channels", [(32, 128), (128, 32)])
+@pytest.mark.parametrize("channels", [(24, 128), (128, 24), (32, 32)])
 def test_auto_takes_winograd_for_many_channels_only(channels):
     assert parts_of(8, (3, 3), channels=channels) == [("fused", [0, 1])]
     assert parts_of(16, (3, 3), channels=channels) == [("grouped", [0, 1])]
+
+
+def test_auto_weighs_winograds_price_for_each_branch_against_mixed_kernels():
+    wide = (64, 256)
+    assert parts_of(16, (3, 3), channels=wide) == [("winograd", [0, 1])]
+    assert parts_of(16, (3, 3, 3), channels=wide) == [("grouped", [0, 1, 2])]
+    assert parts_of(8, (3, 3, 3), channels=wide) == [("winograd", [0, 1, 2])]
 
 
 def test_auto_chooses_on_a_cpu_only():
