@@ -24,10 +24,10 @@ FOLDER = "input-weighted-convolution"  # in the zip
 MODULES = (
     "__init__", "data", "augment", "model", "evaluation", "probing", "runs", "training", "figures",
 )  # fmt: skip
-# What a chapter does not repeat, because it stands at the notebook's top, and what only those who
-# have the whole project can run.
+# What a chapter does not repeat, because it stands at the notebook's top.
 AT_THE_TOP = ("import sys\nfrom pathlib import Path", "settings = runs.check", "images = data.load")
-PROJECT_ONLY = "runs.benchmark("
+# What reads records that only the whole project has; here stands what it gave.
+PROJECT_ONLY = ("runs.benchmark(", "study.")
 
 INTRODUCTION = """# CIFAR-10 with input-weighted convolution blocks
 
@@ -124,25 +124,38 @@ def is_parameters(cell: NotebookNode) -> bool:
 
 
 def chapter_cells(chapter: NotebookNode) -> list[NotebookNode]:
-    """The cells of a notebook but those that the top has, or that need the whole project; with
-    each of them goes the text that introduces it."""
+    """The cells of a notebook but those that the top has, with the text that introduces them; of
+    those that need the whole project, only what they gave."""
     kept: list[NotebookNode] = []
     for cell in chapter.cells:
         if cell.cell_type == "markdown":
             cell.source = as_chapter(cell.source)
         elif cell.execution_count is None:
             raise HandinError("A stored notebook has no outputs; run `make publish` first.")
-        elif is_left_out(cell):
+        elif cell.source.startswith(AT_THE_TOP) or is_parameters(cell):
             if kept[-1].cell_type == "markdown" and not kept[-1].source.startswith("# "):
                 kept.pop()
             continue
+        elif any(words in cell.source for words in PROJECT_ONLY):
+            cell = new_markdown_cell(what_it_gave(cell))
         kept.append(cell)
     return kept
 
 
-def is_left_out(cell: NotebookNode) -> bool:
-    at_the_top = cell.source.startswith(AT_THE_TOP) or is_parameters(cell)
-    return at_the_top or PROJECT_ONLY in cell.source
+def what_it_gave(cell: NotebookNode) -> str:
+    """The outputs of a cell as text: pictures in it, tables, and what was printed."""
+    given = []
+    for output in cell.outputs:
+        formats = output.get("data", {})
+        if "image/png" in formats:
+            given.append(f"![](data:image/png;base64,{formats['image/png'].replace(chr(10), '')})")
+        elif "text/markdown" in formats:
+            given.append(formats["text/markdown"])
+        elif "text/html" in formats:
+            given.append(re.sub(r"<style.*?</style>\s*", "", formats["text/html"], flags=re.S))
+        else:
+            given.append(f"```\n{(output.get('text') or formats['text/plain']).rstrip()}\n```")
+    return "\n\n".join(["(From the project's records:)", *given])
 
 
 def as_chapter(text: str) -> str:
