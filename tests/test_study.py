@@ -43,7 +43,9 @@ def tiny_study(
     monkeypatch.setattr(study, "SEEDS", (0, 1))
     variants = {"which a": {"softmax": {}, "uniform": {"gate": "uniform"}}}
     monkeypatch.setattr(study, "VARIANTS", variants)
-    monkeypatch.setattr(study, "LADDER", {"low": {"gate": "linear"}, "high": {"widths": [8, 8]}})
+    ladder = {"low": {"gate": "linear"}, "aside": {"flip": False}, "high": {"widths": [8, 8]}}
+    monkeypatch.setattr(study, "LADDER", ladder)
+    monkeypatch.setattr(study, "NOT_KEPT", ("aside",))
     return trained
 
 
@@ -73,16 +75,16 @@ def test_wide_networks_of_one_branch_have_the_size_that_their_names_say() -> Non
 
 def test_missing_runs_are_run_and_others_passed_over(tiny_study: list[str]) -> None:
     study.run_one("study-softmax-seed1")
-    assert len(study.missing()) == 5
+    assert len(study.missing()) == 6
     study.main(["--only", "study-"])
     assert sorted(tiny_study) == [
         *("study-softmax-seed0", "study-softmax-seed1"),
         *("study-uniform-seed0", "study-uniform-seed1"),
     ]
-    assert study.missing() == ["ladder-00-low", "ladder-01-high"]
+    assert study.missing() == ["ladder-00-low", "ladder-01-aside", "ladder-02-high"]
     study.main([])
     study.main([])
-    assert len(tiny_study) == 6 and study.missing() == []
+    assert len(tiny_study) == 7 and study.missing() == []
     results = study.table()
     assert results[["variant", "seed"]].values.tolist() == [
         *(["softmax", 0], ["softmax", 1], ["uniform", 0], ["uniform", 1]),
@@ -103,14 +105,15 @@ def test_missing_runs_are_run_and_others_passed_over(tiny_study: list[str]) -> N
     assert alike.loc["softmax", "B2"] == pytest.approx(expected)
 
 
-def test_the_ladder_keeps_every_change(tiny_study: list[str]) -> None:
+def test_the_ladder_keeps_every_change_that_helped(tiny_study: list[str]) -> None:
     study.main(["--only", "ladder"])
     climbed = study.ladder()
-    assert climbed["step"].tolist() == ["low", "high"]
-    assert climbed["new"].tolist() == ["gate = linear", "widths = [8, 8]"]
+    assert climbed["step"].tolist() == ["low", "aside", "high"]
+    assert climbed["new"].tolist() == ["gate = linear", "flip = False", "widths = [8, 8]"]
+    assert climbed["kept"].tolist() == ["kept", "", "kept"]
     assert climbed["parameters"].is_monotonic_increasing and (climbed["seconds"] > 0).all()
-    settings = runs.settings_of(runs.read("ladder-01-high"))
-    assert (settings.gate, settings.widths) == ("linear", [8, 8])
+    settings = runs.settings_of(runs.read("ladder-02-high"))
+    assert (settings.gate, settings.flip, settings.widths) == ("linear", True, [8, 8])
 
 
 def test_a_cluster_runs_what_is_missing(
@@ -123,8 +126,8 @@ def test_a_cluster_runs_what_is_missing(
         n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
     ) as cluster:
         study.main(["--cluster", cluster.scheduler_address])
-    assert study.missing() == [] and len(tiny_study) == 6
-    assert capsys.readouterr().out.count("is finished") == 5
+    assert study.missing() == [] and len(tiny_study) == 7
+    assert capsys.readouterr().out.count("is finished") == 6
 
 
 def test_a_cluster_that_is_not_there_is_named(tiny_study: list[str]) -> None:
