@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import hashlib
+import io
 import json
 import math
 import os
@@ -489,17 +491,23 @@ class Record:
         self.write(self.folder / "failed.json", as_bytes(as_json({"failed": why})))
 
     def finish(self, network: nn.Module, metrics: dict[str, Any]) -> Run:
-        """Write the weights and `metrics.json`, remove the checkpoints, and give the record.
+        """Write the weights and `metrics.json`, which holds their checksum, remove the checkpoints,
+        and give the record.
 
         Where not all of it can be written the run stays unfinished, and its last checkpoint stays:
         started again, it only has to be measured and written.
         """
-        metrics = metrics | {"interruptions": self.interruptions}
         weights = {
             name: value.half() if value.is_floating_point() else value  # exact: see round_to_half
             for name, value in network.state_dict().items()
         }
-        whole = self.write(self.folder / "weights.pt", lambda file: torch.save(weights, file))
+        content = io.BytesIO()
+        torch.save(weights, content)
+        metrics = metrics | {
+            "interruptions": self.interruptions,
+            "weights_sha256": hashlib.sha256(content.getvalue()).hexdigest(),
+        }
+        whole = self.write(self.folder / "weights.pt", lambda file: file.write(content.getvalue()))
         whole = self.write_tables() and whole
         if whole and self.write(self.folder / "metrics.json", as_bytes(as_json(metrics))):
             for path in (*self.checkpoints(), self.folder / ".lock"):
@@ -659,7 +667,8 @@ def load_network(run: Run) -> nn.Module:
     """The trained network of a run, in evaluation mode.
 
     Raises:
-        RunError: the weights are not there (they are kept in the repository for few runs only).
+        RunError: the weights are not there (they are kept in the repository for few runs only), or
+            they are not those that the run wrote.
     """
     path = run.folder / "weights.pt"
     if not path.is_file():
@@ -669,7 +678,12 @@ def load_network(run: Run) -> nn.Module:
         )
     network = settings_of(run).network().to(memory_format=torch.channels_last)
     try:
-        network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != run.metrics.get("weights_sha256"):
+            raise ValueError("another checksum")
+        network.load_state_dict(
+            torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        )
     except Exception as error:  # whatever a damaged file leads to
         raise RunError(
             f"The weights in {place(path)} are not those of run {run.name} or cannot be read "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -14,11 +15,14 @@ import pytest
 import torch
 import yaml
 
-from helpers import data, runs
+from helpers import data, evaluation, runs
 from helpers.evaluation import mean_and_deviation
 from helpers.runs import ParameterError, RunError, Settings
 
 PRESETS = sorted((data.ROOT / "notebooks" / "parameters").glob("*.yaml"))
+# The runs whose weights are in the repository.
+IGNORED = (data.ROOT / ".gitignore").read_text(encoding="utf-8")
+KEPT = re.findall(r"^!/notebooks/runs/(.*)/weights.pt$", IGNORED, flags=re.MULTILINE)
 
 
 @pytest.fixture
@@ -229,7 +233,9 @@ def small(name: str = "") -> Settings:
 def test_a_record_reads_back_as_it_was_written(folder: Path, tiny_images: data.ImageData) -> None:
     run = write_run(small(), tiny_images)
     again = runs.read("quick-seed0")
-    expected = {"dataset": "stand-in", "test_accuracy": 0.6, "interruptions": 0}
+    weights = (folder / "quick-seed0" / "weights.pt").read_bytes()
+    checksum = {"weights_sha256": hashlib.sha256(weights).hexdigest()}
+    expected = {"dataset": "stand-in", "test_accuracy": 0.6, "interruptions": 0} | checksum
     assert again.metrics == run.metrics == expected
     assert again.config["dataset"] == "stand-in"
     assert again.history["test_accuracy"].tolist() == [0.5, 0.6]
@@ -311,6 +317,23 @@ def test_a_damaged_record_is_refused_by_name(
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(RunError, match=said):
         runs.load_network(runs.read("quick-seed0"))
+
+
+def test_weights_of_another_run_are_refused(folder: Path, tiny_images: data.ImageData) -> None:
+    run, other = (write_run(small(f"run-{k}"), tiny_images) for k in (1, 2))
+    (run.folder / "weights.pt").write_bytes((other.folder / "weights.pt").read_bytes())
+    with pytest.raises(RunError, match="are not those of run run-1"):
+        runs.load_network(run)
+
+
+@pytest.mark.skipif(bool(data.missing_files(data.cifar10_folder())), reason="no CIFAR-10 here")
+@pytest.mark.parametrize("name", KEPT)
+def test_kept_weights_give_the_stated_accuracy(name: str) -> None:
+    """To the image; `load_network` has compared their checksum."""
+    run = runs.read(name)
+    test = data.read_cifar10(data.cifar10_folder()).test
+    measured = evaluation.accuracy(evaluation.predict(runs.load_network(run), test), test.labels)
+    assert measured == run.metrics["test_accuracy"]
 
 
 def test_missing_runs_and_weights_are_named(folder: Path, tiny_images: data.ImageData) -> None:
