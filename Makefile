@@ -32,8 +32,8 @@ lab: $(READY)  ## open the notebooks in JupyterLab
 bench: $(READY)  ## measure blocks and steps on an idle machine: about half an hour
 	@$(BIN)/python -m helpers.bench
 
-study: $(READY)  ## does a matter? runs on held-out images; those that are there are passed over
-	@$(BIN)/python -m helpers.study
+study: $(READY)  ## does a matter? the runs that are missing, on held-out images: ONLY=ladder for some
+	@$(BIN)/python -m helpers.study $(if $(ONLY),--only $(ONLY))
 
 soak: $(READY)  ## kill a run a hundred times: are its bits those of an undisturbed one?
 	@$(BIN)/python tests/soak.py

@@ -413,8 +413,7 @@ def pdf_content(run: runs.Run) -> dict:
     )
     best = seeds.loc[seeds["test_accuracy"].idxmax()]
     layers = model.layer_table(settings.network()).reset_index()
-    choices = [other for other in map(runs.read, runs.names()) if is_choice(other, run)]
-    first = choices[0] if choices else run
+    choices = runs.choices(run.metrics["dataset"])
     return {
         "stand_in": "" if run.metrics["dataset"] == "cifar10" else STAND_IN,
         "result": result,
@@ -453,30 +452,10 @@ def pdf_content(run: runs.Run) -> dict:
             for row in runs.by_cost(run.metrics["dataset"]).sort_values("accuracy").itertuples()
         ],
         "choices": [
-            [tried.name, differences(tried, first) or "–", percent(tried, "validation_accuracy")]
-            for tried in choices
+            [row[0], f"{row[1]:,}", str(row[2]), *row[3:5], f"{row[5]:.2%}"]
+            for row in choices.itertuples(index=False)
         ],
-        "choice_images": f"{first.config['train_images']:,}",
-        "choice_epochs": str(first.config["epochs"]),
     }  # fmt: skip
-
-
-def is_choice(other: runs.Run, run: runs.Run) -> bool:
-    """Whether `other` was made on the same data, with images held out, to choose by."""
-    return (
-        other.metrics["preset"] == "choice" and other.metrics["dataset"] == run.metrics["dataset"]
-    )
-
-
-def percent(run: runs.Run, accuracy: str) -> str:
-    return f"{run.metrics[accuracy]:.2%}"
-
-
-def differences(run: runs.Run, first: runs.Run) -> str:
-    """The parameters in which two runs differ, with the values of the first named."""
-    own = {key: value for key, value in run.config.items() if key not in ("run", "version")}
-    changed = [f"{key} = {value}" for key, value in own.items() if value != first.config.get(key)]
-    return ", ".join(changed)
 
 
 def machine_of(run: runs.Run) -> str:

@@ -768,6 +768,43 @@ def by_cost(dataset: str = "cifar10") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).sort_values("minutes", ignore_index=True)
 
 
+def choices(dataset: str = "cifar10") -> pd.DataFrame:
+    """The finished runs that were made to choose by, with images held out; a row a run.
+
+    Columns: `run`, `images` (trained on), `epochs`, `beside` (the run it is compared with: the one
+    named `<begin>-base` with the longest beginning of its own name), `what differs` from that one,
+    and `validation accuracy`.
+    """
+    columns = ["run", "images", "epochs", "beside", "what differs", "validation accuracy"]
+    found = {run.name: run for run in map(read, names()) if run.metrics["preset"] == "choice"}
+    rows = []
+    for name, run in found.items():
+        if run.metrics["dataset"] != dataset:
+            continue
+        begins = (base.removesuffix("base") for base in found if base.endswith("-base"))
+        begin = max((b for b in begins if name.startswith(b) and name != b + "base"), default="")
+        beside = found.get(begin + "base", run)
+        config = run.config
+        trained_on = config["train_images"] or 50_000 - config["validation"]
+        rows.append(
+            (name, trained_on, config["epochs"], beside.name, differences(run, beside),
+             run.metrics["validation_accuracy"])
+        )  # fmt: skip
+    return pd.DataFrame(rows, columns=columns)
+
+
+def differences(run: Run, other: Run) -> str:
+    """The parameters in which a run differs from another, with its own values; but for those that
+    `choices` has columns for, or that do not change the training."""
+    passed_over = ("run", "version", "train_images", "epochs", "measure_training_every")
+    changed = [
+        f"{key} = {value}"
+        for key, value in run.config.items()
+        if key not in passed_over and value != other.config.get(key)
+    ]
+    return ", ".join(changed) or "–"
+
+
 def training_work(run: Run, how: str = "as written") -> float:
     """The multiply-adds of a whole training: see `work_of`."""
     images = run.history["images_per_second"] * run.history["seconds"]

@@ -293,10 +293,3 @@ def test_pdf_has_three_pages_at_most_and_its_numbers_are_the_records(tmp_path: P
 def test_pdf_without_figures_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(report.ReportError, match=r"02_block\.svg is missing"):
         report.make_pdf(runs.read("quick-seed0"), tmp_path, tmp_path / "report.pdf")
-
-
-def test_differences_name_the_parameters(tmp_path: Path) -> None:
-    first = runs.Run("a", tmp_path, {"run": "a", "epochs": 5}, None, None, {})
-    other = runs.Run("b", tmp_path, {"run": "b", "epochs": 6}, None, None, {})
-    assert report.differences(other, first) == "epochs = 6"
-    assert report.differences(first, first) == ""

@@ -431,6 +431,36 @@ def test_no_run_draws_over_the_figures_of_another(
     assert runs.label(settings, tiny_images) == "stand-in"
 
 
+def test_choices_are_compared_with_the_base_of_their_family(
+    folder: Path, tiny_images: data.ImageData
+) -> None:
+    for name, changed in {
+        "choice-base": {},
+        "choice-smaller": {"batch_size": 100},
+        "choice-long-base": {"epochs": 20, "first_sizes": [16] * 5},
+        "choice-long-wide": {"epochs": 30, "first_sizes": [16] * 5, "widths": [8]},
+    }.items():
+        settings = dataclasses.replace(small(name), preset="choice", validation=40, **changed)
+        with runs.Record(settings, tiny_images) as record:
+            record.add_epoch({"epoch": 1}, [{"epoch": 1, "batch": 1, "loss": 1.0}])
+            metrics = {"dataset": "stand-in", "preset": "choice", "validation_accuracy": 0.8}
+            record.finish(settings.network(), metrics)
+    table = runs.choices("stand-in").set_index("run")
+    assert table["beside"].to_dict() == {
+        **dict.fromkeys(("choice-base", "choice-smaller", "choice-long-base"), "choice-base"),
+        "choice-long-wide": "choice-long-base",
+    }
+    assert table["what differs"].to_dict() == {
+        "choice-base": "–",
+        "choice-smaller": "batch_size = 100",
+        "choice-long-base": "first_sizes = [16, 16, 16, 16, 16]",
+        "choice-long-wide": "widths = [8]",
+    }
+    assert table["epochs"].to_dict()["choice-long-wide"] == 30
+    assert (table["images"] == 50_000 - 40).all()
+    assert runs.choices("cifar10").empty
+
+
 def test_the_readme_states_what_the_records_say() -> None:
     """Every result in the README is that of the records, rounded."""
     readme = " ".join((data.ROOT / "README.md").read_text(encoding="utf-8").split())
@@ -440,10 +470,6 @@ def test_the_readme_states_what_the_records_say() -> None:
     assert f"**{mean_and_deviation(minutes, 1)} minutes**" in readme
     assert f"(n = {len(seeds)}" in readme
     assert f"{mean_and_deviation(100 * seeds['test_accuracy_tta'], 2)} % with it" in readme
-    choices = [run for run in map(runs.read, runs.names()) if run.metrics["preset"] == "choice"]
-    for run in choices:
-        validation = 100 * run.metrics["validation_accuracy"]
-        assert re.search(rf"\| `{run.name}` \|[^|]*\| {validation:.2f} \|", readme), run.name
     for row in runs.by_cost().itertuples():
         first = next(name for name in runs.names() if name.startswith(f"{row.run}-seed"))
         alike = runs.seeds_of(runs.read(first))
