@@ -383,8 +383,8 @@ def cost_by_branches(blocks: pd.DataFrame, steps: pd.DataFrame) -> Figure:
         axes.legend(fontsize=DIAGRAM_TEXT)
         axes.set_xlabel("branches L (dashed: as written)")
         _large(axes)
-    left.set(title="a block, over one convolution", ylabel="time, forward and backward")
-    right.set_title("a training step, over L = 1")
+    left.set(title="a block, there and back, over a convolution", ylabel="time as a multiple of it")
+    right.set_title("a training step, over that of L = 1")
     _large(left)
     return drawn
 
@@ -393,10 +393,10 @@ def cost_by_branches(blocks: pd.DataFrame, steps: pd.DataFrame) -> Figure:
 def two_losses(losses: dict[str, list[float]]) -> Figure:
     """The training loss of two networks that saw the same batches, each by its name."""
     drawn, axes = plt.subplots(figsize=(WIDTH, 3.8))
-    for (name, values), colour in zip(losses.items(), (GATE, REFERENCE)):
+    for (name, values), colour in zip(losses.items(), (GATE, COLOURS[0])):
         smooth = pd.Series(values).rolling(40, min_periods=1).mean()
         step = np.arange(1, len(values) + 1)
-        axes.plot(step, values, color=colour, alpha=0.25, linewidth=0.6)
+        axes.plot(step, values, color=colour, alpha=0.2, linewidth=0.6)
         axes.plot(step, smooth, color=colour, linewidth=2, label=name)
     axes.set(xlabel=f"training batch (n = {len(values):,})", ylabel="cross-entropy")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -579,7 +579,7 @@ def mistakes(
         place.axis("off")
     for place, image, true, answer, sure in zip(axes.flat, images, truth, answers, confidence):
         place.imshow(image.permute(1, 2, 0).numpy())
-        place.set_title(f"says {answer}, {sure:.0%}\nlabel {true}", fontsize=9)
+        place.set_title(f"{answer}, {sure:.0%}\nlabel: {true}", fontsize=9)
     return drawn
 
 
@@ -635,7 +635,7 @@ def robustness(table: pd.DataFrame) -> Figure:
         axes.set_xticks(rows["step"], names, rotation=60, fontsize=9)
         axes.set_xlabel(kind)
         axes.grid(axis="y", alpha=0.4)
-    panels[0].set_ylabel("test accuracy in %")
+    panels[0].set_ylabel(f"test accuracy in % (n = {table['images'].iloc[0]:,})")
     return drawn
 
 
@@ -650,7 +650,7 @@ def occlusions(images: Tensor, losses: Sequence[Tensor], titles: Sequence[str]) 
         shown = panels[1, column].imshow(loss, cmap="RdBu_r", vmin=-most, vmax=most)
         panels[1, column].set(xticks=[], yticks=[])
         panels[1, column].spines[:].set_visible(False)
-    drawn.colorbar(shown, ax=panels[1, :], label="lost", fraction=0.05)
+    drawn.colorbar(shown, ax=panels[1, :], label="probability lost", fraction=0.05)
     return drawn
 
 

@@ -747,7 +747,8 @@ def _what_it_is(layer: nn.Module) -> str:
     match layer:
         case IntermediateBlock():
             sizes = [branch.kernel_size[0] for branch in layer.branches]
-            kernels = ", ".join(f"{k}×{k}" for k in sorted(set(sizes)))
+            each = dict.fromkeys(sizes) if len(set(sizes)) == 1 else sizes  # in the order of a
+            kernels = ", ".join(f"{k}×{k}" for k in each)
             step = f", stride {layer.stride}" if layer.stride > 1 else ""
             return f"{len(sizes)} branches {kernels}{step}, {layer.gate_function} a"
         case OutputBlock():

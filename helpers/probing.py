@@ -48,10 +48,10 @@ def compressed(images: Tensor, quality: float, _: torch.Generator) -> Tensor:
 
 # How images are made worse, and how much, from weak to strong.
 CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float, torch.Generator], Tensor], list[float]]] = {
-    "noise, levels": (noisy, [8, 16, 24, 32, 48]),
-    "blur, pixels": (blurred, [0.5, 0.75, 1, 1.5, 2]),
-    "contrast, factor": (faded, [0.75, 0.5, 0.35, 0.25, 0.15]),
-    "JPEG, quality": (compressed, [80, 50, 30, 15, 8]),
+    "noise: deviation, levels": (noisy, [8, 16, 24, 32, 48]),
+    "blur: deviation, pixels": (blurred, [0.5, 0.75, 1, 1.5, 2]),
+    "contrast: factor": (faded, [0.75, 0.5, 0.35, 0.25, 0.15]),
+    "JPEG: quality": (compressed, [80, 50, 30, 15, 8]),
 }
 
 
@@ -63,7 +63,7 @@ def robustness(network: nn.Module, images: ImageSet, seed: int = 0) -> pd.DataFr
 
     Returns:
         a row for each corruption and strength: `corruption`, `step` (0: as they are, 1 … 5),
-        `strength`, `accuracy` with its 95% interval, `low` and `high` (fractions of one).
+        `strength`, `images`, `accuracy` with its 95% interval, `low` and `high` (fractions of one).
     """
     rows = []
     untouched = evaluation.correct(evaluation.predict(network, images), images.labels)
@@ -77,7 +77,7 @@ def robustness(network: nn.Module, images: ImageSet, seed: int = 0) -> pd.DataFr
             low, high = evaluation.interval(right, len(images))
             rows.append(
                 {"corruption": corruption, "step": step, "strength": strength,
-                 "accuracy": right / len(images), "low": low, "high": high}
+                 "images": len(images), "accuracy": right / len(images), "low": low, "high": high}
             )  # fmt: skip
     return pd.DataFrame(rows)
 

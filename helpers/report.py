@@ -406,7 +406,7 @@ def pdf_content(run: runs.Run) -> dict:
     settings, seeds = runs.settings_of(run), runs.seeds_of(run)
     accuracy, minutes = 100 * seeds["test_accuracy"], seeds["train_seconds"] / 60
     result = (
-        f"{mean_and_deviation(accuracy, 2)} % of the test images are classified rightly after "
+        f"{mean_and_deviation(accuracy, 2)} % of the test images are classified correctly after "
         f"{mean_and_deviation(minutes, 1)} minutes of training on {machine_of(run)}; n = "
         f"{len(seeds)} seeds (mean, and standard deviation if n > 1), last epoch, no test-time "
         "augmentation."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -69,6 +71,15 @@ def test_interval_by_hand() -> None:
     half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     assert (low, high) == pytest.approx((centre - half, centre + half), abs=1e-6)
     assert evaluation.interval(10, 10)[1] == pytest.approx(1)
+
+
+def test_paired_difference_by_hand() -> None:
+    first = torch.tensor([True] * 60 + [False] * 40)
+    second = torch.tensor([True] * 50 + [False] * 10 + [True] * 4 + [False] * 36)  # 10 and 4 differ
+    more, low, high = evaluation.paired_difference(first, second)
+    half = 1.96 * math.sqrt((10 + 4) / 100 - 0.06**2) / 10
+    assert (more, low, high) == pytest.approx((0.06, 0.06 - half, 0.06 + half))
+    assert evaluation.paired_difference(first, first) == (0, 0, 0)
 
 
 def test_mean_and_deviation_of_runs() -> None:
