@@ -430,7 +430,7 @@ def batch_losses(batches: pd.DataFrame) -> Figure:
         ylabel="cross-entropy, smoothed labels",
         xlim=(0, len(batches) + 1),
     )
-    axes.legend()
+    axes.legend(frameon=True, edgecolor="none", framealpha=1)
     return drawn
 
 

@@ -405,11 +405,11 @@ def pdf_content(run: runs.Run) -> dict:
     """Every number of the PDF as text, from the records."""
     settings, seeds = runs.settings_of(run), runs.seeds_of(run)
     accuracy, minutes = 100 * seeds["test_accuracy"], seeds["train_seconds"] / 60
+    spread = f"{len(seeds)} seeds (mean ± standard deviation)" if len(seeds) > 1 else "1 seed"
     result = (
         f"{mean_and_deviation(accuracy, 2)} % of the test images are classified correctly after "
-        f"{mean_and_deviation(minutes, 1)} minutes of training on {machine_of(run)}; n = "
-        f"{len(seeds)} seeds (mean, and standard deviation if n > 1), last epoch, no test-time "
-        "augmentation."
+        f"{mean_and_deviation(minutes, 1)} minutes of training on {machine_of(run)}; n = {spread}, "
+        "last epoch, no test-time augmentation."
     )
     best = seeds.loc[seeds["test_accuracy"].idxmax()]
     layers = model.layer_table(settings.network()).reset_index()
@@ -432,10 +432,11 @@ def pdf_content(run: runs.Run) -> dict:
         "hyperparameters": [
             [name.replace("_", " "), str(run.config[name])]
             for name in (
-                "epochs", "first_sizes", "batch_size", "learning_rate", "momentum",
-                "adam_learning_rate", "label_smoothing", "translate", "cutout", "skip_easy",
-                "widths", "branches", "kernel_size",
+                "widths", "branches", "kernel_size", "gate", "stem_filters", "epochs",
+                "first_sizes", "batch_size", "learning_rate", "momentum", "adam_learning_rate",
+                "label_smoothing", "translate", "cutout", "skip_easy",
             )
+            if run.config[name]
         ],
         "seeds": [
             [
