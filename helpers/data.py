@@ -217,8 +217,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()  # its file stays: another process may be waiting for it
 
 
 def check_connection(seconds: float) -> None:

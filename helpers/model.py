@@ -335,11 +335,13 @@ def winograd_matrices() -> tuple[Tensor, Tensor, Tensor]:
     five points and infinity, and go back. The points decide how much is lost to rounding (Barabasz
     et al., arXiv 1803.10986, whose points for this size these are).
     """
-    points = torch.tensor([0, 1, -1, 0.5, -2], dtype=torch.float64)
+    cpu = torch.device("cpu")  # whatever the default is at the first call
+    points = torch.tensor([0, 1, -1, 0.5, -2], dtype=torch.float64, device=cpu)
 
     def values(degree: int) -> Tensor:
-        at_infinity = torch.eye(degree + 1, dtype=torch.float64)[-1:]
-        return torch.cat([points[:, None] ** torch.arange(degree + 1), at_infinity])
+        at_infinity = torch.eye(degree + 1, dtype=torch.float64, device=cpu)[-1:]
+        exponents = torch.arange(degree + 1, device=cpu)
+        return torch.cat([points[:, None] ** exponents, at_infinity])
 
     return values(3), torch.linalg.inv(values(5)), values(2)
 

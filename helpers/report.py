@@ -69,9 +69,11 @@ def read_preset(name: str) -> dict:
     if not isinstance(parameters, dict):
         raise ReportError(f"{shown(path)} holds no parameters; write lines like epochs: 6.")
     try:
-        runs.settings_from(parameters)
+        own_name = runs.settings_from(parameters).preset
     except runs.ParameterError as error:
         raise ReportError(f"{shown(path)} cannot be used: {error}") from None
+    if own_name != name:
+        raise ReportError(f"{shown(path)} calls itself {own_name}; write preset: {name} in it.")
     return parameters
 
 
@@ -368,8 +370,8 @@ def result(run: runs.Run) -> str:
     if metrics.get("test_accuracy_tta") is not None:
         accuracy += f" ({metrics['test_accuracy_tta']:.2%} with it)"
     return (
-        f"{accuracy}, after {duration(metrics['train_seconds'])} of training on {machine_of(run)}; "
-        f"{metrics['parameters']:,} parameters."
+        f"{accuracy}, after {duration(metrics['train_seconds'])} of training on "
+        f"{runs.machine_of(run)}; {metrics['parameters']:,} parameters."
     )
 
 
@@ -408,8 +410,8 @@ def pdf_content(run: runs.Run) -> dict:
     spread = f"{len(seeds)} seeds (mean ± standard deviation)" if len(seeds) > 1 else "1 seed"
     result = (
         f"{mean_and_deviation(accuracy, 2)} % of the test images are classified correctly after "
-        f"{mean_and_deviation(minutes, 1)} minutes of training on {machine_of(run)}; n = {spread}, "
-        "last epoch, no test-time augmentation."
+        f"{mean_and_deviation(minutes, 1)} minutes of training on {runs.machine_of(run)}; "
+        f"n = {spread}, last epoch, no test-time augmentation."
     )
     best = seeds.loc[seeds["test_accuracy"].idxmax()]
     layers = model.layer_table(settings.network()).reset_index()
@@ -422,6 +424,8 @@ def pdf_content(run: runs.Run) -> dict:
         f"{best['test_accuracy_tta']:.2%} with test-time augmentation (the mean of six views).",
         "activation": settings.activation,
         "gate": settings.gate,
+        "stem": bool(settings.stem_filters),
+        "flip": settings.flip,
         "layers": [
             [
                 row["layer"], row["what"], row["output"], f"{row['parameters']:,}",
@@ -459,31 +463,27 @@ def pdf_content(run: runs.Run) -> dict:
     }  # fmt: skip
 
 
-def machine_of(run: runs.Run) -> str:
-    """What a run was made on, in words."""
-    hardware = run.metrics["hardware"]
-    return hardware.get("gpu", f"{hardware['threads']} CPU cores ({hardware['processor']})")
-
-
 # ---- the command
 
 
 def main(arguments: list[str] | None = None) -> None:
     """See the module's first lines; ends with one sentence and status 1 if something stops it."""
     parser = argparse.ArgumentParser(prog="python -m helpers.report", description=__doc__)
-    parser.add_argument("--preset", default="quick", help=f"one of {', '.join(presets())}")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--preset", help=f"one of {', '.join(presets())}; otherwise quick")
+    parser.add_argument("--seed", type=int, help="otherwise 0")
     parser.add_argument("--publish", action="store_true", help="store outputs in notebooks/")
     numbers = [name[:2] for name in SEQUENCE]
     parser.add_argument("--only", nargs="+", choices=numbers, help="publish only these")
     options = parser.parse_args(arguments)
     if options.only and not options.publish:
         parser.error("--only goes with --publish")
+    if options.publish and (options.preset or options.seed is not None):
+        parser.error("--publish takes the notebooks' own parameters")
     try:
         if options.publish:
             publish(options.only or numbers)
         else:
-            print(f"Begin with {shown(make_report(options.preset, options.seed))}")
+            print(f"Begin with {shown(make_report(options.preset or 'quick', options.seed or 0))}")
     except (ReportError, data.DataError, runs.ParameterError, runs.RunError) as error:
         sys.exit(str(error))
     except OSError as error:  # a full disk, a folder that may not be written

@@ -188,14 +188,14 @@ class Settings:
                 raise ParameterError(
                     f"The network's parameters do not fit together: {error}"
                 ) from None
-            for size in {IMAGE_SIZE, *self.first_sizes}:
-                try:
-                    network(torch.zeros(2, 3, size, size))
-                except RuntimeError:
-                    raise ParameterError(
-                        f"Of images of {size}×{size} pixels this network leaves no map: use fewer "
-                        "numbers in pool_after, smaller strides or larger first_sizes."
-                    ) from None
+            size = min([IMAGE_SIZE, *self.first_sizes])
+            try:
+                network(torch.zeros(2, 3, size, size))
+            except RuntimeError:
+                raise ParameterError(
+                    f"Of images of {size}×{size} pixels this network leaves no map: use fewer "
+                    "numbers in pool_after, smaller strides or larger first_sizes."
+                ) from None
 
     def image_size(self, epoch: int) -> int:
         """Height and width in pixels of the training images in an epoch, counted from 1."""
@@ -205,7 +205,13 @@ class Settings:
     def temperature_in(self, epoch: int) -> float:
         """Of the gates in an epoch, counted from 1: it falls linearly, and is 1 in the second half
         of the run (Dynamic Convolution, arXiv 1912.03458, lets it fall over its first epochs)."""
-        return 1 + (self.temperature - 1) * max(0.0, 1 - 2 * (epoch - 1) / self.epochs)
+        share = 0.0 if epoch == self.epochs else max(0.0, 1 - 2 * (epoch - 1) / self.epochs)
+        return 1 + (self.temperature - 1) * share
+
+    def images_of(self, training: int) -> int:
+        """How many images are trained on, of a training set of so many."""
+        left = training - self.validation
+        return min(self.train_images, left) if self.train_images else left
 
     def skip_easy_in(self, epoch: int) -> float:
         """The share of easy images left out of an epoch, counted from 1: none in the last eighth
@@ -300,18 +306,18 @@ def check_batches(settings: Settings, images: int) -> None:
     Raises:
         ParameterError: it is so.
     """
-    if settings.batch_size > 1 and images % settings.batch_size != 1:
+    # Where easy images are left out, how many are left is known too late.
+    if settings.batch_size > 1 and images % settings.batch_size != 1 and not settings.skip_easy:
         return
+    size = min([IMAGE_SIZE, *settings.first_sizes])
     with torch.device("meta"):
-        network = settings.network().train()
         try:
-            for size in {IMAGE_SIZE, *settings.first_sizes}:
-                network(torch.zeros(1, 3, size, size))
+            settings.network().train()(torch.zeros(1, 3, size, size))
         except ValueError:
             raise ParameterError(
-                f"Parameter batch_size = {settings.batch_size}: of {images:,} images it leaves a "
-                "batch of one, from whose single position batch normalisation learns nothing; use "
-                "another number."
+                f"Parameter batch_size = {settings.batch_size}: of {images:,} images it can leave "
+                "a batch of one, from whose single position batch normalisation learns nothing; "
+                "use another number, no skip_easy, or fewer numbers in pool_after."
             ) from None
 
 
@@ -362,7 +368,7 @@ class Record:
         self.say = say
         self.epochs: list[dict[str, float]] = []
         self.batches: list[dict[str, float]] = []
-        self.interruptions = 0
+        self.interruptions, self.over = 0, False
         config = dataclasses.asdict(settings) | {
             "run": self.name, "dataset": images.name, "version": VERSION,
         }  # fmt: skip
@@ -402,6 +408,9 @@ class Record:
     def __exit__(self, *_: object) -> None:
         """Let others continue the run, if it is not over."""
         self.lock.release()
+        if self.over:
+            with contextlib.suppress(OSError):  # somebody else looks at it
+                (self.folder / ".lock").unlink()
 
     def check_unfinished(self) -> None:
         """Refuse a run that is over, or that was begun with something else."""
@@ -438,6 +447,11 @@ class Record:
                     self.interruptions = state["interruptions"] + 1
                     return state["training"]
                 fault = f"belongs to a run {begun['run']} of other parameters or another version"
+            except (OSError, MemoryError) as error:  # nothing may be wrong with it: it stays
+                raise RunError(
+                    f"{place(path)} cannot be read now ({type(error).__name__}); start the run "
+                    "again when the machine can."
+                ) from None
             except Exception as error:  # whatever a damaged file leads to
                 fault = f"cannot be read ({type(error).__name__})"
             self.say(f"{place(path)} {fault}: it is not used.")
@@ -510,8 +524,9 @@ class Record:
         whole = self.write(self.folder / "weights.pt", lambda file: file.write(content.getvalue()))
         whole = self.write_tables() and whole
         if whole and self.write(self.folder / "metrics.json", as_bytes(as_json(metrics))):
-            for path in (*self.checkpoints(), self.folder / ".lock"):
+            for path in self.checkpoints():
                 path.unlink(missing_ok=True)
+            self.over = True
         else:
             self.say(f"Run {self.name} stays unfinished: make room, and start it again.")
         history, batches = pd.DataFrame(self.epochs), pd.DataFrame(self.batches)
@@ -609,6 +624,11 @@ def latest(stem: str) -> str:
 def names() -> list[str]:
     """The names of all finished runs."""
     return sorted(metrics.parent.name for metrics in RUNS.glob("*/metrics.json"))
+
+
+def finished() -> list[Run]:
+    """All finished runs, by name."""
+    return [read(name) for name in names()]
 
 
 def read(name: str) -> Run:
@@ -720,27 +740,34 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def seeds_of(run: Run, device: str | None = None) -> pd.DataFrame:
+def seeds_of(run: Run, among: list[Run] | None = None) -> pd.DataFrame:
     """The metrics of all finished runs like this one, a row a seed.
 
-    Like it are those with the same settings on the same data, but for seed, device and name. Of
-    several with one seed the latest counts.
+    Like it are those with the same settings on the same data and the same kind of device, but for
+    seed and name. Of several with one seed the latest counts.
 
     Args:
-        device: `"cpu"` or `"cuda"`, to leave out what was trained elsewhere; None for all.
+        among: the runs to look through; None for all that are on record.
     """
-    alike = [other for other in map(read, names()) if what_counts(other) == what_counts(run)]
-    if device is not None:
-        alike = [other for other in alike if other.metrics["hardware"]["device"] == device]
+    among = finished() if among is None else among
+    alike = [other for other in among if what_counts(other) == what_counts(run)]
     alike.sort(key=lambda other: (other.metrics["seed"], other.metrics["finished"]))
     rows = pd.DataFrame([{"run": other.name} | other.metrics for other in alike])
     return rows.drop_duplicates("seed", keep="last").reset_index(drop=True)
 
 
 def what_counts(run: Run) -> dict[str, Any]:
-    """The part of a run's configuration that its accuracy depends on, but for the seed."""
+    """What a run's accuracy and time depend on, but for the seed: the kind of device, and the
+    configuration without what does not change the training."""
     ignored = ("seed", "device", "run", "basic_images", "measure_training_every", "version")
-    return {name: value for name, value in run.config.items() if name not in ignored}
+    counts = {name: value for name, value in run.config.items() if name not in ignored}
+    return counts | {"device": run.metrics["hardware"]["device"]}
+
+
+def machine_of(run: Run) -> str:
+    """What a run was made on, in words."""
+    hardware = run.metrics["hardware"]
+    return hardware.get("gpu", f"{hardware['threads']} CPU cores ({hardware['processor']})")
 
 
 def by_cost(dataset: str = "cifar10") -> pd.DataFrame:
@@ -752,15 +779,15 @@ def by_cost(dataset: str = "cifar10") -> pd.DataFrame:
     each of the two gradients. Sorted by minutes. Runs on different devices are rows of their own.
     """
     columns = ["run", "n", "accuracy", "deviation", "minutes", "device", "work"]
-    rows, known = [], []
-    for run in map(read, names()):
+    rows, known, among = [], [], finished()
+    for run in among:
         config, device = run.config, run.metrics["hardware"]["device"]
         if config["dataset"] != dataset or config["validation"] or config["train_images"]:
             continue
-        if (what_counts(run), device) in known:
+        if what_counts(run) in known:
             continue
-        known.append((what_counts(run), device))
-        seeds = seeds_of(run, device)
+        known.append(what_counts(run))
+        seeds = seeds_of(run, among)
         accuracy, minutes = seeds["test_accuracy"], seeds["train_seconds"] / 60
         name = re.sub(r"-seed\d+(-\d+)?$", "", run.name)
         row = name, len(seeds), accuracy.mean(), accuracy.std(), minutes.mean(), device
@@ -776,7 +803,7 @@ def choices(dataset: str = "cifar10") -> pd.DataFrame:
     and `validation accuracy`.
     """
     columns = ["run", "images", "epochs", "beside", "what differs", "validation accuracy"]
-    found = {run.name: run for run in map(read, names()) if run.metrics["preset"] == "choice"}
+    found = {run.name: run for run in finished() if run.metrics["preset"] == "choice"}
     rows = []
     for name, run in found.items():
         if run.metrics["dataset"] != dataset:
@@ -785,11 +812,9 @@ def choices(dataset: str = "cifar10") -> pd.DataFrame:
         begin = max((b for b in begins if name.startswith(b) and name != b + "base"), default="")
         beside = found.get(begin + "base", run)
         config = run.config
-        trained_on = config["train_images"] or 50_000 - config["validation"]
-        rows.append(
-            (name, trained_on, config["epochs"], beside.name, differences(run, beside),
-             run.metrics["validation_accuracy"])
-        )  # fmt: skip
+        images = settings_of(run).images_of(50_000)
+        row = name, images, config["epochs"], beside.name, differences(run, beside)
+        rows.append((*row, run.metrics["validation_accuracy"]))
     return pd.DataFrame(rows, columns=columns)
 
 

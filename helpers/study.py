@@ -135,11 +135,15 @@ def missing(begin: str = "") -> list[str]:
     ]
 
 
-def expected_seconds(name: str, like: runs.Run) -> float:
-    """The time of training a run, as its multiply-adds would take in the run `like`."""
+def pace_of(like: runs.Run) -> float:
+    """The seconds that a multiply-add took in a run."""
+    return like.metrics["train_seconds"] / runs.training_work(like, "as evaluated")
+
+
+def expected_seconds(name: str, pace: float) -> float:
+    """The time of training a run, if a multiply-add takes `pace` seconds."""
     settings = runs.Settings(**parameters_of(name))
-    pace = like.metrics["train_seconds"] / runs.training_work(like, "as evaluated")
-    images = settings.train_images or 50_000 - settings.validation
+    images = settings.images_of(50_000)
     return pace * runs.work_of(settings, [images] * settings.epochs, "as evaluated")
 
 
@@ -153,8 +157,11 @@ def run_one(name: str) -> str:
         target = report.REPORT / "study" / f"{name}.ipynb"
         target.parent.mkdir(parents=True, exist_ok=True)
         report.execute(report.TRAINING, target, parameters_of(name))
-    run = runs.read(name)
-    runs.write_json(run.folder / "study.json", what_weights_say(run, data.load_data()))
+    run, images = runs.read(name), data.load_data()
+    if images.name != "cifar10":
+        raise StudyError(f"{name} learnt from the stand-in, which says nothing; delete its record.")
+    runs.check_same_data(run, images)
+    runs.write_json(run.folder / "study.json", what_weights_say(run, images))
     (run.folder / "weights.pt").unlink()
     return name
 
@@ -325,10 +332,11 @@ def announce(todo: list[str]) -> None:
     print(f"Of {len(planned())} runs {len(missing())} are missing.", flush=True)
     if todo:
         like = runs.read("quick-seed0")
-        hours = sum(expected_seconds(name, like) for name in todo) / 3600
+        pace = pace_of(like)
+        hours = sum(expected_seconds(name, pace) for name in todo) / 3600
         print(
             f"These {len(todo)} take about {hours:.1f} hours of training, one after the other, on "
-            f"a machine like that of {like.name} ({report.machine_of(like)}).",
+            f"a machine like that of {like.name} ({runs.machine_of(like)}).",
             flush=True,
         )
 
@@ -362,6 +370,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--list", action="store_true", help="run nothing")
     options = parser.parse_args(arguments)
     try:
+        if not any(name.startswith(options.only) for name in planned()):
+            raise StudyError(
+                f"No planned run's name begins with {options.only!r}; `--list` shows them all."
+            )
         todo = missing(options.only)
         announce(todo)
         if options.list:

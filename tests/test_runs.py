@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 
@@ -286,6 +287,18 @@ def test_a_batch_of_one_image_is_refused_where_nothing_can_be_normalised() -> No
     runs.check_batches(dataclasses.replace(tight, first_sizes=[]), 2001)
     with pytest.raises(ParameterError, match="batch_size = 1:"):
         runs.check_batches(dataclasses.replace(tight, batch_size=1), 2000)
+    with pytest.raises(ParameterError, match="no skip_easy"):  # how many are left is not known yet
+        runs.check_batches(dataclasses.replace(tight, skip_easy=0.5), 2000)
+
+
+def test_the_temperature_ends_at_one_however_short_the_run() -> None:
+    def temperatures(epochs: int) -> list[float]:
+        settings = Settings(temperature=31.0, epochs=epochs, first_sizes=[])
+        return [settings.temperature_in(epoch) for epoch in range(1, epochs + 1)]
+
+    assert temperatures(1) == [1.0]
+    assert temperatures(2) == [31.0, 1.0]
+    assert temperatures(6) == pytest.approx([31.0, 21.0, 11.0, 1.0, 1.0, 1.0])
 
 
 def test_tuples_of_a_notebook_are_the_lists_of_its_record(
@@ -408,10 +421,10 @@ def test_committed_records_say_what_they_must() -> None:
         assert len(run.history) == run.metrics["epochs"], run.name
         assert run.config["dataset"] == run.metrics["dataset"], run.name
         settings = runs.settings_of(run)
-        images = 50_000 - settings.validation
-        images = min(images, settings.train_images or images)
-        steps = settings.epochs * -(-images // settings.batch_size)
-        assert len(run.batches) == steps, run.name  # the loss of each training batch
+        seen = (run.history["images_per_second"] * run.history["seconds"]).round()
+        assert seen.iloc[0] == settings.images_of(50_000), run.name
+        # The loss of each training batch.
+        assert len(run.batches) == (seen / settings.batch_size).apply(math.ceil).sum(), run.name
 
 
 @pytest.mark.parametrize(

@@ -52,11 +52,12 @@ def tiny_study(
 def test_every_planned_run_is_of_a_network_that_can_be_made() -> None:
     assert study.BASE in study.variants()
     like = runs.read("quick-seed0")
+    pace = study.pace_of(like)
     for name, given in study.planned().items():
         parameters = study.parameters_of(name)
         assert given.items() <= parameters.items() and parameters["run"] == name
         assert parameters["validation"] >= 1000, "the test set chooses nothing"
-        assert 10 < study.expected_seconds(name, like) < 7200
+        assert 10 < study.expected_seconds(name, pace) < 7200
     expected = runs.work_of(runs.settings_of(like), [50_000] * 6)
     assert runs.training_work(like) == pytest.approx(expected)
 
