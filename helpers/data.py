@@ -217,7 +217,8 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()  # its file stays: another process may be waiting for it
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def check_connection(seconds: float) -> None:

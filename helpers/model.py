@@ -184,11 +184,15 @@ class IntermediateBlock(nn.Module):
             return weighted_sum(x, a, branches)
         if form == "fused":
             return _WeightedSum.apply(a, *[branch(x).to(a.dtype) for branch in branches])
-        kernels = stacked_kernels(branches)
-        if form == "grouped":
-            x_new = _GroupedConvolution.apply(x, a, kernels, self.stride)
-        else:
-            x_new = _WinogradConvolution.apply(x, a, kernels)
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # their gradients are written for float32
+            kernels = stacked_kernels(branches)
+            x, a = x.to(kernels.dtype), a.to(kernels.dtype)
+            if form == "grouped":
+                x_new = _GroupedConvolution.apply(x, a, kernels, self.stride)
+            else:
+                x_new = _WinogradConvolution.apply(x, a, kernels)
         if branches[0].bias is None:
             return x_new
         biases = torch.stack([branch.bias for branch in branches])

@@ -318,6 +318,23 @@ def test_branches_are_independent_convolutions():
     assert not any(torch.equal(p, q) for p, q in itertools.combinations(start, 2))
 
 
+@pytest.mark.parametrize("gate", ["linear", "softmax"])
+@pytest.mark.parametrize("form", ["branches", "fused", "grouped", "winograd"])
+def test_every_form_has_gradients_under_autocast(form, gate):
+    """As a GPU trains; here on the CPU, whose autocast has the same rules for these operations."""
+    torch.manual_seed(0)
+    block = IntermediateBlock(8, 8, 2, [3, 3], gate=gate, form=form)
+    torch.nn.init.normal_(block.fc.weight)
+    x = torch.randn(3, 8, 8, 8, requires_grad=True)
+    expected = block(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x_new = block(x)
+    torch.testing.assert_close(x_new.float(), expected, rtol=0.05, atol=0.05)
+    x_new.float().square().sum().backward()
+    for value in (x, *block.parameters()):
+        assert value.grad is not None and value.grad.isfinite().all() and value.grad.abs().sum() > 0
+
+
 # ---- which form
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ MINUTES = re.compile(r"(\d+\.\d+(?: ± \d+\.\d+)?) minutes")
 NOTEBOOKS = [f"notebooks/{name}.ipynb" for name in report.SEQUENCE]
 
 
+@functools.cache
 def recorded() -> tuple[set[str], set[str]]:
     """Accuracies in per cent and minutes of all runs, and of the seeds of each, as text."""
     accuracies, minutes = set(), set()

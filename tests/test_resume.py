@@ -22,8 +22,11 @@ from filelock import FileLock
 from helpers import data, runs, training
 from helpers.runs import RunError, Settings
 
-# The quick network itself, on few images: 160 of them make five batches.
-QUICK = Settings(epochs=2, first_sizes=[16], batch_size=32, device="cpu", run="stopped")
+# A narrow network on few images: 160 of them make five batches.
+SMALL = Settings(
+    widths=[8] * 6, stem_filters=12, epochs=2, first_sizes=[16], batch_size=32, device="cpu",
+    run="stopped",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_to_the_end(
-    images: data.ImageData, settings: Settings = QUICK
+    images: data.ImageData, settings: Settings = SMALL
 ) -> tuple[torch.nn.Module, runs.Run, list[str]]:
     said: list[str] = []
     network, run = training.train(images, settings, said.append)
@@ -55,14 +58,14 @@ def undisturbed(
 ) -> tuple[torch.nn.Module, runs.Run]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "RUNS", tmp_path_factory.mktemp("undisturbed"))
-        return training.train(tiny_images, QUICK, lambda line: None)
+        return training.train(tiny_images, SMALL, lambda line: None)
 
 
 def stop_after(
     steps: int,
     monkeypatch: pytest.MonkeyPatch,
     images: data.ImageData,
-    settings: Settings = QUICK,
+    settings: Settings = SMALL,
 ) -> None:
     """Train until the interrupt button is pressed, in the middle of step `steps` + 1."""
     step, done = training.train_batch, []
@@ -109,10 +112,20 @@ def test_a_stopped_run_gives_the_same_bits(
     assert not list(folder.glob("checkpoint*")) and not (folder / ".lock").exists()
 
 
+def test_the_quick_network_gives_the_same_bits_too(
+    tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = Settings(epochs=2, first_sizes=[16], batch_size=32, device="cpu", run="straight")
+    expected = run_to_the_end(tiny_images, quick)
+    stopped = dataclasses.replace(quick, run="stopped")
+    stop_after(7, monkeypatch, tiny_images, stopped)
+    assert_same_run(run_to_the_end(tiny_images, stopped), expected)
+
+
 def test_a_stopped_epoch_goes_on_without_the_same_easy_images(
     tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = dataclasses.replace(QUICK, epochs=3, skip_easy=0.8, run="straight")
+    settings = dataclasses.replace(SMALL, epochs=3, skip_easy=0.8, run="straight")
     expected = run_to_the_end(tiny_images, settings)
     assert expected[1].batches.groupby("epoch").size().tolist()[1] < 5
     stopped = dataclasses.replace(settings, run="stopped")
@@ -124,10 +137,10 @@ def test_the_optimisers_state_comes_back(
     tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop_after(3, monkeypatch, tiny_images)
-    with runs.Record(QUICK, tiny_images) as record:
+    with runs.Record(SMALL, tiny_images) as record:
         state = record.checkpoint()
     fresh = training.Underway(
-        training.first_network(tiny_images.train, QUICK), tiny_images.train, QUICK
+        training.first_network(tiny_images.train, SMALL), tiny_images.train, SMALL
     )
     fresh.restore(state)
     again = fresh.state()
@@ -176,9 +189,9 @@ def test_checkpoints_are_never_older_than_a_minute(
     monkeypatch.undo()
     monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     underway = training.Underway(
-        training.first_network(tiny_images.train, QUICK), tiny_images.train, QUICK
+        training.first_network(tiny_images.train, SMALL), tiny_images.train, SMALL
     )
-    training.train_epoch(underway, QUICK, lambda: saved.append(underway.batch))
+    training.train_epoch(underway, SMALL, lambda: saved.append(underway.batch))
     batches = [b - a for a, b in itertools.pairwise([0, *saved])]
     assert saved[-1] == 5 and len(saved) > 1 and 2 * 7 * max(batches) <= 60
 
@@ -203,14 +216,14 @@ def test_another_number_of_threads_is_said(
 
 
 KILLED = """
-import sys, pathlib, signal, time, torch
+import json, sys, pathlib, signal, time, torch
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it was being ignored
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 from conftest import small_images
 from helpers import runs, training
 runs.RUNS = pathlib.Path(sys.argv[2])
 training.SECONDS_BETWEEN_CHECKPOINTS = 0
-settings = runs.Settings(epochs=2, first_sizes=[16], batch_size=32, device="cpu", run="stopped")
+settings = runs.Settings(**json.loads(sys.argv[4]))
 torch.set_num_threads(int(sys.argv[3]))
 step = training.train_batch
 training.train_batch = lambda *a: time.sleep(0.3) or step(*a)  # slow enough not to end too soon
@@ -224,6 +237,7 @@ def test_a_killed_process_leaves_a_checkpoint(
 ) -> None:
     threads = str(torch.get_num_threads())
     command = [sys.executable, "-c", KILLED, str(data.ROOT), str(folder.parent), threads]
+    command.append(json.dumps(dataclasses.asdict(SMALL)))
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (folder / "checkpoint-before.pt").exists():
         assert process.poll() is None, "ended before it was killed"
@@ -292,7 +306,7 @@ def test_other_parameters_than_the_run_began_with_are_refused_by_name(
 ) -> None:
     stop_after(1, monkeypatch, tiny_images)
     with pytest.raises(RunError, match=rf"begun with {name} = .*and now {name} = "):
-        run_to_the_end(tiny_images, dataclasses.replace(QUICK, **{name: value}))
+        run_to_the_end(tiny_images, dataclasses.replace(SMALL, **{name: value}))
 
 
 def test_another_process_cannot_write_the_same_run(
@@ -307,7 +321,7 @@ def test_another_process_cannot_write_the_same_run(
 def test_without_a_name_an_unfinished_run_is_continued_and_a_finished_one_never(
     tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unnamed = dataclasses.replace(QUICK, run="")
+    unnamed = dataclasses.replace(SMALL, run="")
     monkeypatch.setattr(training, "train_and_record", lambda *_: pytest.fail("stopped"))
     with pytest.raises(pytest.fail.Exception):
         run_to_the_end(tiny_images, unnamed)

@@ -198,9 +198,10 @@ def test_every_preset_has_two_branches_at_least_in_every_block() -> None:
 
 
 def test_the_temperature_falls_to_one_in_the_first_half() -> None:
-    settings = Settings(temperature=31.0, epochs=6)
-    temperatures = [settings.temperature_in(epoch) for epoch in range(1, 7)]
-    assert temperatures == pytest.approx([31, 21, 11, 1, 1, 1])
+    for epochs, expected in {1: [1], 2: [31, 1], 6: [31, 21, 11, 1, 1, 1]}.items():
+        settings = Settings(temperature=31.0, epochs=epochs, first_sizes=[])
+        temperatures = [settings.temperature_in(epoch) for epoch in range(1, epochs + 1)]
+        assert temperatures == pytest.approx(expected)
     assert {Settings().temperature_in(epoch) for epoch in range(1, 7)} == {1.0}
     with pytest.raises(ParameterError, match=r"temperature = 2\.0: gate linear has none"):
         Settings(temperature=2.0, gate="linear")
@@ -289,16 +290,6 @@ def test_a_batch_of_one_image_is_refused_where_nothing_can_be_normalised() -> No
         runs.check_batches(dataclasses.replace(tight, batch_size=1), 2000)
     with pytest.raises(ParameterError, match="no skip_easy"):  # how many are left is not known yet
         runs.check_batches(dataclasses.replace(tight, skip_easy=0.5), 2000)
-
-
-def test_the_temperature_ends_at_one_however_short_the_run() -> None:
-    def temperatures(epochs: int) -> list[float]:
-        settings = Settings(temperature=31.0, epochs=epochs, first_sizes=[])
-        return [settings.temperature_in(epoch) for epoch in range(1, epochs + 1)]
-
-    assert temperatures(1) == [1.0]
-    assert temperatures(2) == [31.0, 1.0]
-    assert temperatures(6) == pytest.approx([31.0, 21.0, 11.0, 1.0, 1.0, 1.0])
 
 
 def test_tuples_of_a_notebook_are_the_lists_of_its_record(
