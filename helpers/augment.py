@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers.data import MEAN
+from helpers.data import MEAN_COLOUR
 
 
 def mirror(images: Tensor, which: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Augmentation:
                     f"{name}={pixels!r} is not allowed; use whole pixels from 0 to 31."
                 )
         self.translate, self.flip, self.cutout = translate, flip, cutout
-        self.colour = (255 * torch.tensor(MEAN)).round()
+        self.colour = MEAN_COLOUR
         self.generator = generator
         self.mirrored_first = torch.rand(images, generator=generator) < 0.5
 

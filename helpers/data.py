@@ -45,6 +45,7 @@ SHORTLIST = 48  # training images whose distance to a test image is worked out i
 # notebook 01 computes them and a test compares.
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
+MEAN_COLOUR = (255 * torch.tensor(MEAN)).round()  # of the pixels, 0…255
 
 Augment = Callable[[Tensor, Tensor, int], Tensor]  # images, their numbers, epoch → images
 
@@ -118,7 +119,7 @@ def cifar10_folder() -> Path:
 
 
 def shown(path: Path) -> str:
-    """A path for people: from the project's root, or from CIFAR10_ROOT as configured."""
+    """A path of the data for people: from the project's root, or from CIFAR10_ROOT as it is set."""
     if path.is_relative_to(ROOT):
         return path.relative_to(ROOT).as_posix()
     return (Path("$CIFAR10_ROOT") / path.relative_to(cifar10_folder())).as_posix()
@@ -478,15 +479,14 @@ def evaluation_loader(images: ImageSet, batch_size: int = 500) -> DataLoader:
 NEAR = 0.4  # relative distance below which notebook 01 takes two images for near-duplicates
 
 
-def near_duplicates(images: ImageData, limit: float = NEAR) -> Tensor:
-    """Which test images have a training image nearer than that, N booleans.
+def near_duplicates(images: ImageData) -> Tensor:
+    """Which test images have a training image nearer than `NEAR`, N booleans.
 
-    Args:
-        limit: root mean square distance of the pixels as a multiple of the standard deviation of
-            the test image's own pixels.
+    The distance is the root mean square of the pixels' differences, as a multiple of the standard
+    deviation of the test image's own pixels.
     """
     distance = nearest_training_images(images.test.images, images.train.images, count=1)[1][:, 0]
-    return distance / images.test.images.flatten(1).float().std(dim=1, correction=0) < limit
+    return distance / images.test.images.flatten(1).float().std(dim=1, correction=0) < NEAR
 
 
 def nearest_training_images(

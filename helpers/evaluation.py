@@ -268,11 +268,11 @@ def class_means(a: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([a[labels.cpu() == c].mean(dim=0) for c in range(10)])
 
 
-def class_from_gates(a: Tensor, labels: Tensor, folds: int = 5) -> float:
+def class_from_gates(a: Tensor, labels: Tensor) -> float:
     """How far a block's a alone, N×L, tells the class: accuracy of a logistic regression on images
     that it was not fitted to (cross-validation), a fraction of one."""
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    return float(cross_val_score(model, a.numpy(), labels.cpu().numpy(), cv=folds).mean())
+    return float(cross_val_score(model, a.numpy(), labels.cpu().numpy(), cv=5).mean())
 
 
 def explained_by_colour(a: Tensor, images: Tensor) -> float:

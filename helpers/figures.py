@@ -121,14 +121,15 @@ def examples(images: Tensor, names: Sequence[str]) -> Figure:
 def pictures(images: Tensor, titles: Sequence[str], columns: int = 5) -> Figure:
     """Images, uint8 n×3×32×32, from left to right and from top to bottom, each with its title."""
     rows = -(-len(images) // columns)
-    lines = 1 + max(title.count("\n") for title in titles)
-    height = WIDTH / columns + 0.2 * lines
+    lines = [title.split("\n") for title in titles]
+    height = WIDTH / columns + 0.2 * max(map(len, lines))
+    longest = max(len(line) for title in lines for line in title)
     drawn, axes = plt.subplots(rows, columns, figsize=(WIDTH, rows * height), squeeze=False)
     for place in axes.flat:
         place.axis("off")
     for place, image, title in zip(axes.flat, images, titles):
         _picture(place, image)
-        place.set_title(title, fontsize=11 if columns < 6 else 9)
+        place.set_title(title, fontsize=11 if columns * longest < 60 else 9)
     return drawn
 
 
@@ -564,22 +565,6 @@ def class_accuracies(table: pd.DataFrame) -> Figure:
     axes.set_yticks(range(len(table)), table.index)
     axes.set_xlabel(f"test accuracy in %, 95% interval (n = {images:,} a class)")
     axes.grid(axis="x", alpha=0.4)
-    return drawn
-
-
-@figure
-def mistakes(
-    images: Tensor, truth: Sequence[str], answers: Sequence[str], confidence: Sequence[float]
-) -> Figure:
-    """Images (uint8 n×3×32×32) that were answered wrongly, with the truth, the answer and its
-    probability."""
-    rows = -(-len(images) // 5)
-    drawn, axes = plt.subplots(rows, 5, figsize=(WIDTH, 1.75 * rows), squeeze=False)
-    for place in axes.flat:
-        place.axis("off")
-    for place, image, true, answer, sure in zip(axes.flat, images, truth, answers, confidence):
-        place.imshow(image.permute(1, 2, 0).numpy())
-        place.set_title(f"{answer}, {sure:.0%}\nlabel: {true}", fontsize=9)
     return drawn
 
 

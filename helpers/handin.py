@@ -179,7 +179,7 @@ def write() -> str:
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(f"{FOLDER}/report.ipynb", nbformat.writes(make_notebook()))
         archive.write(pdf, f"{FOLDER}/report.pdf")
-    return report.shown(target)
+    return runs.place(target)
 
 
 def main() -> None:

@@ -672,7 +672,7 @@ class BatchNorm(nn.BatchNorm2d):
         self.weight.requires_grad_(False)
 
 
-def basic_network(classes: int = 10) -> BlockNetwork:
+def basic_network() -> BlockNetwork:
     """The sheet's network with nothing added: four blocks of the bare formula, and channel means.
 
     No stem, normalisation, activation or pooling; a is the fully connected layer's own output.
@@ -680,7 +680,7 @@ def basic_network(classes: int = 10) -> BlockNetwork:
     """
     return BlockNetwork(
         widths=(32, 64, 64, 128), branches=3, strides=(1, 2, 2, 2), gate="linear",
-        normalise=False, activation="none", classes=classes,
+        normalise=False, activation="none",
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from helpers import evaluation
 from helpers.augment import cover
-from helpers.data import MEAN, ImageSet, evaluation_loader
+from helpers.data import MEAN_COLOUR, ImageSet, evaluation_loader
 from helpers.model import BlockNetwork
 
 
@@ -101,9 +101,8 @@ def occlusion(
     rows, columns = torch.meshgrid(
         torch.arange(step // 2, h, step), torch.arange(step // 2, w, step), indexing="ij"
     )
-    colour = (255 * torch.tensor(MEAN)).round()
     copies = image.expand(rows.numel(), -1, -1, -1)
-    covered = cover(copies, rows.flatten(), columns.flatten(), side, colour)
+    covered = cover(copies, rows.flatten(), columns.flatten(), side, MEAN_COLOUR)
     both = torch.cat([image[None], covered])
     labels = torch.full((len(both),), answer)
     probability = evaluation.predict(network, ImageSet(both, labels)).softmax(dim=1)[:, answer]

@@ -65,15 +65,19 @@ def read_preset(name: str) -> dict:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
-        raise ReportError(f"{shown(path)} is no YAML{line}; write lines like epochs: 6.") from None
+        raise ReportError(
+            f"{runs.place(path)} is no YAML{line}; write lines like epochs: 6."
+        ) from None
     if not isinstance(parameters, dict):
-        raise ReportError(f"{shown(path)} holds no parameters; write lines like epochs: 6.")
+        raise ReportError(f"{runs.place(path)} holds no parameters; write lines like epochs: 6.")
     try:
         own_name = runs.settings_from(parameters).preset
     except runs.ParameterError as error:
-        raise ReportError(f"{shown(path)} cannot be used: {error}") from None
+        raise ReportError(f"{runs.place(path)} cannot be used: {error}") from None
     if own_name != name:
-        raise ReportError(f"{shown(path)} calls itself {own_name}; write preset: {name} in it.")
+        raise ReportError(
+            f"{runs.place(path)} calls itself {own_name}; write preset: {name} in it."
+        )
     return parameters
 
 
@@ -94,7 +98,9 @@ def make_report(preset: str, seed: int) -> Path:
     for old in (*folder.glob("*.ipynb"), *folder.glob("*.html")):
         old.unlink()
 
-    print(f"Run {run} of the preset {preset}, into {shown(folder)}; first, the data.", flush=True)
+    print(
+        f"Run {run} of the preset {preset}, into {runs.place(folder)}; first, the data.", flush=True
+    )
     images = data.load_data()
     dataset, figures = images.name, data.ROOT / "figures" / runs.label(settings, images)
     with runs.Record(settings, images):  # can it be written and, if it is there, continued?
@@ -147,7 +153,7 @@ def execute(name: str, target: Path, parameters: dict) -> tuple[NotebookNode, fl
     notebook = portable(nbformat.read(target, as_version=4))
     nbformat.write(notebook, target)
     if failure:
-        raise ReportError(f"{failure.rstrip('.')}. What it had done is in {shown(target)}.")
+        raise ReportError(f"{failure.rstrip('.')}. What it had done is in {runs.place(target)}.")
     print(f"{name:<20} {duration(seconds):>9}", flush=True)
     return notebook, seconds
 
@@ -155,11 +161,6 @@ def execute(name: str, target: Path, parameters: dict) -> tuple[NotebookNode, fl
 def keep(notebook: NotebookNode, run: str) -> None:
     """Keep the executed training notebook with the record of the run that it made."""
     nbformat.write(notebook, runs.RUNS / run / f"{TRAINING}.ipynb")
-
-
-def shown(path: Path) -> str:
-    """A path as the user knows it: from the project's root."""
-    return str(path.relative_to(data.ROOT) if path.is_relative_to(data.ROOT) else path)
 
 
 def duration(seconds: float) -> str:
@@ -192,7 +193,7 @@ def publish(numbers: list[str]) -> None:
         if found := faults(executed):
             raise ReportError(
                 f"{name} is not stored, for its outputs hold {'; '.join(found)}; "
-                f"they are in {shown(target)}."
+                f"they are in {runs.place(target)}."
             )
         source = NOTEBOOKS / f"{name}.ipynb"
         notebook = nbformat.read(source, as_version=4)
@@ -392,7 +393,7 @@ def make_pdf(run: runs.Run, figures: Path, target: Path) -> None:
     for name in needed:
         if not (figures / f"{name}.svg").is_file():
             raise ReportError(
-                f"{shown(figures / name)}.svg is missing; execute the notebooks first."
+                f"{runs.place(figures / name)}.svg is missing; execute the notebooks first."
             )
     content = pdf_content(run) | {"figures": f"/{figures.relative_to(data.ROOT).as_posix()}"}
     template = Path(__file__).with_suffix(".typ")
@@ -400,7 +401,7 @@ def make_pdf(run: runs.Run, figures: Path, target: Path) -> None:
     try:
         typst.compile(template, output=target, root=data.ROOT, sys_inputs=numbers)
     except typst.TypstError as error:
-        raise ReportError(f"{shown(target)} could not be typeset: {error}") from None
+        raise ReportError(f"{runs.place(target)} could not be typeset: {error}") from None
 
 
 def pdf_content(run: runs.Run) -> dict:
@@ -483,11 +484,12 @@ def main(arguments: list[str] | None = None) -> None:
         if options.publish:
             publish(options.only or numbers)
         else:
-            print(f"Begin with {shown(make_report(options.preset or 'quick', options.seed or 0))}")
+            index = make_report(options.preset or "quick", options.seed or 0)
+            print(f"Begin with {runs.place(index)}")
     except (ReportError, data.DataError, runs.ParameterError, runs.RunError) as error:
         sys.exit(str(error))
     except OSError as error:  # a full disk, a folder that may not be written
-        where = shown(Path(error.filename)) if error.filename else "A file"
+        where = runs.place(Path(error.filename)) if error.filename else "A file"
         sys.exit(f"{where} cannot be written or read: {error.strerror or error}.")
     except KeyboardInterrupt:
         sys.exit("Stopped from the keyboard; what was executed is in report/.")

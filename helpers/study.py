@@ -242,8 +242,8 @@ def ladder() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def compare(results: pd.DataFrame, base: str = BASE, value: str = "accuracy") -> pd.DataFrame:
-    """The difference of every variant to `base`, over paired seeds, with its 95% interval.
+def compare(results: pd.DataFrame) -> pd.DataFrame:
+    """The difference of every variant to `BASE`, over paired seeds, with its 95% interval.
 
     A seed gives all variants the same order and augmentation of images, so what it does to all of
     them alike is taken out: accuracy = variant + seed + rest. The rest of all variants together
@@ -254,10 +254,10 @@ def compare(results: pd.DataFrame, base: str = BASE, value: str = "accuracy") ->
         results: a row for every variant and seed, none missing.
 
     Returns:
-        index the variant; `mean`, `difference`, `low`, `high`, in the unit of `value`, and
+        index the variant; `mean`, `difference`, `low`, `high`, fractions of one, and
         whether the interval holds zero: `undecided`.
     """
-    wide = results.pivot(index="variant", columns="seed", values=value)
+    wide = results.pivot(index="variant", columns="seed", values="accuracy")
     wide = wide.loc[results["variant"].drop_duplicates()]
     k, n = wide.shape
     rest = wide.sub(wide.mean(axis=1), axis=0).sub(wide.mean(axis=0) - wide.to_numpy().mean())
@@ -265,9 +265,9 @@ def compare(results: pd.DataFrame, base: str = BASE, value: str = "accuracy") ->
     deviation = math.sqrt((rest**2).to_numpy().sum() / freedom)
     half = float(student.ppf(0.975, freedom)) * deviation * math.sqrt(2 / n)
     compared = pd.DataFrame({"mean": wide.mean(axis=1)})
-    compared["difference"] = compared["mean"] - compared.loc[base, "mean"]
+    compared["difference"] = compared["mean"] - compared.loc[BASE, "mean"]
     compared["low"], compared["high"] = compared["difference"] - half, compared["difference"] + half
-    compared.loc[base, ["low", "high"]] = 0.0
+    compared.loc[BASE, ["low", "high"]] = 0.0
     compared["undecided"] = (compared["low"] <= 0) & (compared["high"] >= 0)
     return compared
 

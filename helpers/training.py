@@ -248,9 +248,7 @@ class Underway:
             setattr(self, name, state[name])
 
 
-def train_epoch(
-    underway: Underway, settings: Settings, save: Callable[[], None]
-) -> dict[str, float]:
+def train_epoch(underway: Underway, save: Callable[[], None]) -> dict[str, float]:
     """All batches of one epoch that are still to be done; the epoch's row of the history.
 
     Args:
@@ -259,6 +257,7 @@ def train_epoch(
     Raises:
         TrainingError: a loss or weights that are not finite.
     """
+    settings = underway.settings
     underway.network.train()
     for block in underway.network.blocks:
         block.temperature = settings.temperature_in(underway.epoch)
@@ -334,7 +333,7 @@ def train(
         TrainingError: a loss or weights that are not finite; the record says so too.
     """
     device = pick_device(settings.device)
-    check_batches(settings, len(training_parts(images, settings)[0]))
+    check_batches(settings, settings.images_of(len(images.train)))
     torch.set_flush_denormal(True)  # tiny numbers are slow on a CPU and change nothing
     keep_freed_memory()
     with Record(settings, images, report) as record:
@@ -350,10 +349,10 @@ def train_and_record(
     training, test = training.to(device), images.test.to(device)
     underway = Underway(first_network(training, settings).to(device), training, settings)
     if (state := record.checkpoint()) is not None:
-        go_on(underway, state, settings, record)
+        go_on(underway, state, record)
     while underway.epoch <= settings.epochs:
         try:
-            row = train_epoch(underway, settings, lambda: record.save(underway.state()))
+            row = train_epoch(underway, lambda: record.save(underway.state()))
         except TrainingError as error:
             record.fail(str(error))
             raise
@@ -370,11 +369,11 @@ def train_and_record(
     return underway.network
 
 
-def go_on(underway: Underway, state: dict[str, Any], settings: Settings, record: Record) -> None:
+def go_on(underway: Underway, state: dict[str, Any], record: Record) -> None:
     """Take up a run where its checkpoint was, and say so; also if the machine is another."""
     underway.restore(state)
     where = f"after batch {underway.batch} of {underway.count()} in epoch {underway.epoch}"
-    if underway.epoch > settings.epochs:
+    if underway.epoch > underway.settings.epochs:
         where = "after its last epoch"
     record.say(f"run {record.name} goes on {where}")
     before, now = state["machine"], machine_of(underway.network)

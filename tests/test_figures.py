@@ -36,13 +36,29 @@ COMPARED = pd.DataFrame(
 def draw_all() -> dict[str, Figure]:
     images = torch.zeros(7, 3, 32, 32, dtype=torch.uint8)
     means = [evaluation.class_means(a, LABELS) for a in GATES]
+    worse = pd.DataFrame(
+        {"corruption": ["blur"] * 2 + ["noise"] * 2, "step": [0, 1] * 2, "images": 40,
+         "strength": [None, 1, None, 2], "accuracy": [0.9, 0.7, 0.9, 0.5],
+         "low": [0.8, 0.6, 0.8, 0.4], "high": [0.95, 0.8, 0.95, 0.6]}
+    )  # fmt: skip
+    compared = pd.DataFrame(
+        {"difference": [0, 0.01], "low": [0, -0.01], "high": [0, 0.03]}, index=["one", "other"]
+    )
     return {
+        "pictures": figures.pictures(images, ["cat, 90%\nlabel: dog"] * 7),
+        "answered": figures.answered(evaluation.answered(LOGITS, LABELS)),
+        "robustness": figures.robustness(worse),
+        "occlusions": figures.occlusions(images[:2], [torch.ones(4, 4)] * 2, ["a", "b"]),
+        "neighbours": figures.neighbours(images[:1], ["a"], images[None, :3], [["b"] * 3]),
+        "differences": figures.differences(compared, "one"),
+        "entropies_by_epoch": figures.entropies_by_epoch(
+            pd.DataFrame({"epoch": [1, 2], "entropy_B1": [1, 0.5], "entropy_B2": [0.9, 0.4]})
+        ),
         "batch_losses": figures.batch_losses(BATCHES),
         "accuracy_by_epoch": figures.accuracy_by_epoch(HISTORY, evaluation.PUBLISHED),
         "accuracy_by_cost": figures.accuracy_by_cost(COMPARED, (0.885, 57, 1e16)),
         "confusion": figures.confusion(COUNTS, data.CLASSES),
         "class_accuracies": figures.class_accuracies(evaluation.class_table(COUNTS, data.CLASSES)),
-        "mistakes": figures.mistakes(images, ["cat"] * 7, ["dog"] * 7, [0.9] * 7),
         "reliability": figures.reliability(evaluation.calibration(LOGITS, LABELS)),
         "gates_by_class": figures.gates_by_class(means, data.CLASSES, [["1×1"] * 2, ["3×3"] * 4]),
         "gate_entropies": figures.gate_entropies([evaluation.entropy(a) for a in GATES]),

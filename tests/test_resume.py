@@ -191,7 +191,7 @@ def test_checkpoints_are_never_older_than_a_minute(
     underway = training.Underway(
         training.first_network(tiny_images.train, SMALL), tiny_images.train, SMALL
     )
-    training.train_epoch(underway, SMALL, lambda: saved.append(underway.batch))
+    training.train_epoch(underway, lambda: saved.append(underway.batch))
     batches = [b - a for a, b in itertools.pairwise([0, *saved])]
     assert saved[-1] == 5 and len(saved) > 1 and 2 * 7 * max(batches) <= 60
 
