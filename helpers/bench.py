@@ -172,7 +172,7 @@ GROUPS = {
 
 def bench_profile() -> pd.DataFrame:
     """Where the time of a training step of the quick network goes: a row a group of operations."""
-    step = step_of(runs.Settings().batch_size)
+    step = step_of(500)
     step()
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for _ in range(3):
@@ -199,7 +199,7 @@ TRIED: dict[str, dict[str, Any]] = {
     "ReLU for SiLU": {"activation": "relu"},
     "torch.compile": {"compiled": True},
     "batches of 125": {"batch": 125},
-    "batches of 500": {"batch": 500},
+    "batches of 250": {"batch": 250},
     "batches of 1,000": {"batch": 1000},
     "images of 16×16": {"size": 16},
     "images of 20×20": {"size": 20},
@@ -225,7 +225,7 @@ def bench_tried() -> pd.DataFrame:
 
 
 def time_step(
-    batch: int = runs.Settings().batch_size,
+    batch: int = 500,
     keep: bool = True,
     flush: bool = True,
     threads: int = 0,

@@ -90,7 +90,7 @@ def load_data() -> ImageData:
     """CIFAR-10 from `CIFAR10_ROOT`, downloaded when it is not there; or the stand-in.
 
     The stand-in comes only when the files are absent and cannot be downloaded; one printed
-    sentence, after at most 15 seconds, then says why and where to put them.
+    sentence, soon if the server does not answer, then says why and where to put them.
 
     Raises:
         DataError: a file is there but fails its checksum or cannot be read.

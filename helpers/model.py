@@ -523,7 +523,7 @@ class WhiteningStem(nn.Module):
         """Set the filters from normalised training images, n×3×h×w; a few thousand suffice."""
         check_images("images", images, 3)
         patches = F.unfold(images.float(), self.kernel_size, stride=self.kernel_size)
-        patches = patches.transpose(1, 2).flatten(0, 1)  # (n·positions)×48
+        patches = patches.transpose(1, 2).flatten(0, 1)  # (n·positions)×3·k²
         covariance = torch.cov(patches.double().t())
         values, vectors = torch.linalg.eigh(covariance)  # ascending
         half = len(self.weight) // 2
