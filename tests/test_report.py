@@ -29,7 +29,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (notebooks / "parameters" / "small.yaml").write_text("preset: small\nepochs: 4\n")
     for name in report.SEQUENCE:
         nbformat.write(notebook_of("print(seed)"), notebooks / f"{name}.ipynb")
-    monkeypatch.setattr(data, "ROOT", tmp_path)
+    for module in (data, runs):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(report, "NOTEBOOKS", notebooks)
     monkeypatch.setattr(report, "REPORT", tmp_path / "report")
     monkeypatch.setattr(runs, "RUNS", notebooks / "runs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def tiny_study(
 ) -> list[str]:
     """Two variants and two seeds on tiny images; the names of the runs that are trained."""
     trained: list[str] = []
+    tiny_images = dataclasses.replace(tiny_images, name="cifar10")
 
     def execute(name: str, target: Path, parameters: dict[str, Any]) -> None:
         assert name == "03_training"
@@ -104,6 +106,16 @@ def test_missing_runs_are_run_and_others_passed_over(tiny_study: list[str]) -> N
     said = [runs.read_json(runs.RUNS / f"study-softmax-seed{s}" / "study.json") for s in (0, 1)]
     expected = np.mean([one["kernel_similarity"][1] for one in said])
     assert alike.loc["softmax", "B2"] == pytest.approx(expected)
+
+
+def test_what_learnt_from_the_stand_in_is_refused(
+    tiny_study: list[str], tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "load_data", lambda: tiny_images)
+    with pytest.raises(study.StudyError, match="learnt from the stand-in"):
+        study.run_one("study-softmax-seed0")
+    with pytest.raises(SystemExit, match="No planned run's name begins with 'studie'"):
+        study.main(["--only", "studie"])
 
 
 def test_the_ladder_keeps_every_change_that_helped(tiny_study: list[str]) -> None:
