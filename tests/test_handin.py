@@ -99,7 +99,6 @@ def test_without_outputs_there_is_no_hand_in(
         handin.make_notebook()
 
 
-@pytest.mark.slow
 def test_it_runs_in_an_empty_folder_without_the_project(
     notebook: nbformat.NotebookNode, tmp_path: Path
 ) -> None:
