@@ -184,9 +184,7 @@ class IntermediateBlock(nn.Module):
             return weighted_sum(x, a, branches)
         if form == "fused":
             return _WeightedSum.apply(a, *[branch(x).to(a.dtype) for branch in branches])
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # their gradients are written for float32
+        with torch.autocast(x.device.type, enabled=False):  # own gradients, of one number type
             kernels = stacked_kernels(branches)
             x, a = x.to(kernels.dtype), a.to(kernels.dtype)
             if form == "grouped":

@@ -460,7 +460,7 @@ def test_choices_are_compared_with_the_base_of_their_family(
         "choice-long-base": "first_sizes = [16, 16, 16, 16, 16]",
         "choice-long-wide": "widths = [8]",
     }
-    assert table["epochs"].to_dict()["choice-long-wide"] == 30
+    assert table.loc["choice-long-wide", "epochs"] == 30
     assert (table["images"] == 50_000 - 40).all()
     assert runs.choices("cifar10").empty
 
