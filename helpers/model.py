@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import cache, partial, reduce
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -25,10 +25,23 @@ GATES = ("linear", "softmax", "sigmoid", "constant", "uniform")
 FORMS = ("auto", "branches", "fused", "grouped", "winograd")
 ACTIVATIONS = {"none": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
-# Where which form is the cheapest on a CPU, measured by `make bench`: `IntermediateBlock.parts`.
+
+class Rule(NamedTuple):
+    """Where which form is the cheapest on a kind of CPU; for `IntermediateBlock.parts`."""
+
+    mixing: float  # Σ k² over the largest k², from which on it pays to mix the kernels
+    winograd: float  # in·out / (in + out), from which on Winograd's tiles pay against fused
+    winograd_a_branch: float  # the same, for each 3×3 branch, against mixed kernels
+
+
+# By what a CPU calculates with, measured by `make bench`: the faster its plain convolutions are,
+# the less can be saved on them.
+RULES = {
+    "AVX2": Rule(mixing=2, winograd=24, winograd_a_branch=20),
+    "AVX512": Rule(mixing=2, winograd=70, winograd_a_branch=30),
+    "bfloat16": Rule(mixing=3, winograd=math.inf, winograd_a_branch=math.inf),
+}
 MIXING_POSITIONS = 144  # of a map from which on it pays to mix the kernels of each image
-WINOGRAD_CHANNELS = 24  # in·out / (in + out), from which on Winograd's tiles pay against fused
-WINOGRAD_A_BRANCH = 20  # the same, for each 3×3 branch, against mixed kernels
 KERNELS_AT_ONCE = 2**24  # numbers in the mixed kernels that exist at a time (64 MiB)
 TILES_AT_ONCE = 256  # so that what is made of them stays in the cache
 
@@ -159,19 +172,20 @@ class IntermediateBlock(nn.Module):
         A mixed kernel is one convolution instead of L, but has to be made for each image, however
         small its map: large maps. Winograd's tiles save more than half of the multiplications of
         3×3 kernels (in·out), at a price for each channel (in + out): many channels, and against
-        mixed kernels, whose price hardly grows with L, few branches. The rest as written. Measured
-        on a CPU (`make bench`), and used only there.
+        mixed kernels, whose price hardly grows with L, few branches. The rest as written. From
+        where on is in `RULES`, for CPUs; on a GPU all is evaluated as written.
         """
         everyone = list(range(len(self.branches)))
         if self.form != "auto" or x.device.type != "cpu":
             return [("branches" if self.form == "auto" else self.form, everyone)]
         sizes = [branch.kernel_size[0] for branch in self.branches]
         positions = math.ceil(x.shape[2] / self.stride) * math.ceil(x.shape[3] / self.stride)
-        mixing = positions >= MIXING_POSITIONS and sum(k * k for k in sizes) >= 2 * max(sizes) ** 2
+        rule, kernels = rule_here(), sum(k * k for k in sizes) / max(sizes) ** 2
+        mixing = positions >= MIXING_POSITIONS and kernels >= rule.mixing
         threes = [l for l, k in enumerate(sizes) if k == 3 and self.stride == 1]
         rest = [l for l in everyone if l not in threes]
         c, out = x.shape[1], self.branches[0].out_channels
-        needed = WINOGRAD_A_BRANCH * len(threes) if mixing else WINOGRAD_CHANNELS
+        needed = rule.winograd_a_branch * len(threes) if mixing else rule.winograd
         if threes and c * out / (c + out) >= needed:
             return [("winograd", threes)] + [("fused", rest)] * bool(rest)
         return [("grouped" if mixing else "fused", everyone)]
@@ -183,10 +197,12 @@ class IntermediateBlock(nn.Module):
         if form == "branches":
             return weighted_sum(x, a, branches)
         if form == "fused":
-            return _WeightedSum.apply(a, *[branch(x).to(a.dtype) for branch in branches])
-        with torch.autocast(x.device.type, enabled=False):  # own gradients, of one number type
-            kernels = stacked_kernels(branches)
-            x, a = x.to(kernels.dtype), a.to(kernels.dtype)
+            return _WeightedSum.apply(a, *[branch(x) for branch in branches])
+        kernels, kind = stacked_kernels(branches), x.device.type
+        coarse = form == "grouped" and torch.is_autocast_enabled(kind)  # Winograd's tiles lose more
+        dtype = torch.get_autocast_dtype(kind) if coarse else kernels.dtype
+        with torch.autocast(kind, enabled=False):  # own gradients, of one number type
+            x, a, kernels = x.to(dtype), a.to(dtype), kernels.to(dtype)
             if form == "grouped":
                 x_new = _GroupedConvolution.apply(x, a, kernels, self.stride)
             else:
@@ -195,6 +211,14 @@ class IntermediateBlock(nn.Module):
             return x_new
         biases = torch.stack([branch.bias for branch in branches])
         return x_new + (a @ biases)[:, :, None, None]
+
+
+def rule_here() -> Rule:
+    """The rule for the numbers that are calculated with here: under autocast those of half the
+    length, otherwise by the CPU's instructions."""
+    if torch.is_autocast_enabled("cpu"):
+        return RULES["bfloat16"]
+    return RULES["AVX512" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "AVX2"]
 
 
 def one_for_each(argument: str, value: int | Sequence[int], count: int, things: str) -> list[int]:
@@ -242,13 +266,13 @@ class _WeightedSum(torch.autograd.Function):
     """Σ aₗ·yₗ of b×out×h×w maps yₗ, in one pass over each of them, there and back.
 
     Written with `*` and `+`, every product would be a map of its own, written and read again; on
-    large maps that took as long as the convolutions.
+    large maps that took as long as the convolutions. The maps keep their number type.
     """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, *maps: Tensor) -> Tensor:
         ctx.save_for_backward(a, *maps)
-        scales = a[:, :, None, None, None].unbind(dim=1)
+        scales = a.to(maps[0].dtype)[:, :, None, None, None].unbind(dim=1)
         total = scales[0] * maps[0]
         for scale, y in zip(scales[1:], maps[1:], strict=True):
             total.addcmul_(scale, y)
@@ -259,11 +283,9 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         a, *maps = ctx.saved_tensors
         flat = grad.permute(0, 2, 3, 1).flatten(1)  # a view, in channels-last memory format
-        scalar_products = [
-            torch.bmm(y.permute(0, 2, 3, 1).flatten(1)[:, None], flat[:, :, None]) for y in maps
-        ]
-        scales = a[:, :, None, None, None].unbind(dim=1)
-        return torch.cat(scalar_products, dim=1)[:, :, 0], *[scale * grad for scale in scales]
+        grad_a = [torch.linalg.vecdot(y.permute(0, 2, 3, 1).flatten(1), flat) for y in maps]
+        scales = a.to(grad.dtype)[:, :, None, None, None].unbind(dim=1)
+        return torch.stack(grad_a, dim=1).to(a.dtype), *[scale * grad for scale in scales]
 
 
 def stacked_kernels(branches: Sequence[nn.Conv2d]) -> Tensor:

@@ -28,8 +28,9 @@ from helpers.data import IMAGE_SIZE, ROOT, ImageData, ImageSet, split
 from helpers.model import ACTIVATIONS, GATES, BlockNetwork, layer_table
 
 RUNS = ROOT / "notebooks" / "runs"
-BENCHMARKS = ROOT / "notebooks" / "benchmarks"  # what `make bench` writes
+BENCHMARKS = ROOT / "notebooks" / "benchmarks"  # of `make bench`, a folder a kind of CPU
 VERSION = 2  # of the records; to be raised when an older program could misread a newer record
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -134,6 +135,7 @@ class Settings:
     seed: int = whole(0, 0, 2**32 - 1)
     run: str = text("", empty=True)  # the record's name; empty: <preset>-seed<seed>
     device: str = device_name("auto")
+    precision: str = choice("auto", ("auto", *PRECISIONS))  # of the maps while training
     # the images
     validation: int = whole(0, 0, 49_000)  # images held out of training; 0: train on all
     train_images: int = whole(0, 0, 50_000)  # use only the first so many; 0: all
@@ -248,15 +250,15 @@ def settings_from(given: dict[str, Any]) -> Settings:
     """The settings of named values, for this machine.
 
     Raises:
-        ParameterError: a name that is not known, a value that cannot be used, or a device that
-            this machine does not have.
+        ParameterError: a name that is not known, a value that cannot be used, or a device or
+            precision that this machine does not have.
     """
     known = [field.name for field in dataclasses.fields(Settings)]
     for name in given:
         if name not in known:
             raise ParameterError(f"Parameter {name} is not known; known are: {', '.join(known)}.")
     settings = Settings(**given)
-    pick_device(settings.device)
+    pick_precision(settings.precision, pick_device(settings.device))
     return settings
 
 
@@ -283,6 +285,27 @@ def pick_device(name: str) -> torch.device:
             f"Parameter device = {name!r}: this machine has no such device; use auto or cpu."
         ) from None
     return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The number type of a name; `"auto"` is bfloat16 where the device calculates with it, which
+    takes about half the time, else float32.
+
+    Raises:
+        ParameterError: bfloat16 on a processor that has no instructions for it, which would take
+            up to hundreds of times as long.
+    """
+    able = device.type == "cuda" or any(
+        torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16")
+    )
+    if name == "auto":
+        return torch.bfloat16 if able else torch.float32
+    if name == "bfloat16" and not able:
+        raise ParameterError(
+            f"Parameter precision = {name!r}: this processor has no instructions for it and would "
+            "take up to hundreds of times as long; use auto or float32."
+        )
+    return PRECISIONS[name]
 
 
 def training_parts(images: ImageData, settings: Settings) -> tuple[ImageSet, ImageSet | None]:
@@ -712,13 +735,18 @@ def load_network(run: Run) -> nn.Module:
     return network.eval()
 
 
-def surroundings(device: torch.device) -> dict[str, Any]:
-    """When and on what a run was made: `finished`, `hardware`, `versions`."""
+def surroundings(device: torch.device, precision: str = "float32") -> dict[str, Any]:
+    """When and on what something was made: `finished`, `hardware`, `versions`.
+
+    Args:
+        precision: of the calculation, or `"auto"`: see `pick_precision`.
+    """
     hardware: dict[str, Any] = {
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "device": device.type,
+        "precision": str(pick_precision(precision, device)).removeprefix("torch."),
     }
     if device.type == "cuda":
         hardware["gpu"] = torch.cuda.get_device_name(device)
@@ -757,11 +785,15 @@ def seeds_of(run: Run, among: list[Run] | None = None) -> pd.DataFrame:
 
 
 def what_counts(run: Run) -> dict[str, Any]:
-    """What a run's accuracy and time depend on, but for the seed: the kind of device, and the
-    configuration without what does not change the training."""
-    ignored = ("seed", "device", "run", "basic_images", "measure_training_every", "version")
+    """What a run's accuracy and time depend on, but for the seed: the kind of device and what it
+    calculates with, and the configuration without what does not change the training."""
+    ignored = (
+        "seed", "device", "precision", "run", "basic_images", "measure_training_every", "version",
+    )  # fmt: skip
     counts = {name: value for name, value in run.config.items() if name not in ignored}
-    return counts | {"device": run.metrics["hardware"]["device"]}
+    hardware = run.metrics["hardware"]
+    kind = {name: hardware[name] for name in ("device", "instructions")}
+    return counts | kind | {"precision": hardware.get("precision", "float32")}
 
 
 def machine_of(run: Run) -> str:
@@ -821,7 +853,9 @@ def choices(dataset: str = "cifar10") -> pd.DataFrame:
 def differences(run: Run, other: Run) -> str:
     """The parameters in which a run differs from another, with its own values; but for those that
     `choices` has columns for, or that do not change the training."""
-    passed_over = ("run", "version", "train_images", "epochs", "measure_training_every")
+    passed_over = (
+        "run", "version", "precision", "train_images", "epochs", "measure_training_every"
+    )  # fmt: skip
     changed = [
         f"{key} = {value}"
         for key, value in run.config.items()
@@ -852,12 +886,22 @@ def work_of(settings: Settings, images: list[float], how: str = "as written") ->
     return work
 
 
-def benchmark(table: str) -> pd.DataFrame:
-    """A table that `make bench` has measured: blocks, steps, profile, tried or memory."""
-    return pd.read_csv(BENCHMARKS / f"{table}.csv")
+def benchmark(table: str, folder: Path | None = None) -> pd.DataFrame:
+    """A table that `make bench` has measured: blocks, steps, profile, tried or memory.
+
+    Args:
+        folder: of the kind of CPU; None for the one measured last.
+    """
+    return pd.read_csv((folder or benchmark_folders()[-1]) / f"{table}.csv")
+
+
+def benchmark_folders() -> list[Path]:
+    """The folders of what `make bench` has measured, one a kind of CPU, the latest last."""
+    machines = BENCHMARKS.glob("*/machine.json")
+    return [path.parent for path in sorted(machines, key=lambda p: read_json(p)["finished"])]
 
 
 def benchmark_machine() -> str:
-    """The machine on which it was measured, in a few words."""
-    hardware = read_json(BENCHMARKS / "machine.json")["hardware"]
+    """The machine that was measured last, in a few words."""
+    hardware = read_json(benchmark_folders()[-1] / "machine.json")["hardware"]
     return f"{hardware['processor']}, {hardware['threads']} threads, {hardware['instructions']}"

@@ -24,6 +24,7 @@ from helpers.runs import (
     Settings,
     check_batches,
     pick_device,
+    pick_precision,
     surroundings,
     training_parts,
 )
@@ -46,10 +47,18 @@ class Muon(Optimizer):
         kernels: weights of convolutions.
         lr: length of a step relative to the bank.
         momentum: of the gradients.
+        precision: of the numbers with which steps are made orthogonal, which need not be exact.
     """
 
-    def __init__(self, kernels: Iterable[Tensor], lr: float, momentum: float) -> None:
+    def __init__(
+        self,
+        kernels: Iterable[Tensor],
+        lr: float,
+        momentum: float,
+        precision: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__(kernels, {"lr": lr, "momentum": momentum})
+        self.precision = precision
 
     @torch.no_grad()
     def step(self) -> None:
@@ -60,7 +69,8 @@ class Muon(Optimizer):
                 if kernel.grad is not None:
                     alike.setdefault(kernel.shape, []).append(kernel)
             for kernels in alike.values():
-                steps = orthogonal(torch.stack([self.direction(k, group) for k in kernels]))
+                momenta = torch.stack([self.direction(k, group) for k in kernels])
+                steps = orthogonal(momenta, self.precision)
                 for kernel, step in zip(kernels, steps):
                     kernel.mul_(math.sqrt(len(kernel)) / kernel.norm())
                     kernel.add_(step.view(kernel.shape), alpha=-group["lr"])
@@ -74,28 +84,32 @@ class Muon(Optimizer):
         return (kernel.grad + group["momentum"] * momentum).flatten(1)
 
 
-def orthogonal(matrices: Tensor, iterations: int = 3) -> Tensor:
+def orthogonal(
+    matrices: Tensor, precision: torch.dtype = torch.float32, iterations: int = 3
+) -> Tensor:
     """n×r×c matrices with their singular values brought near 1 by Newton–Schulz iterations.
 
     The coefficients are Muon's: they do not converge to 1 exactly, but get near it quickly.
     """
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(precision)
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT
     for _ in range(iterations):
         gram = x @ x.mT
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
-def make_optimizers(network: nn.Module, settings: Settings) -> list[Optimizer]:
+def make_optimizers(
+    network: nn.Module, settings: Settings, precision: torch.dtype = torch.float32
+) -> list[Optimizer]:
     """Muon for the branches' kernels, Adam for everything else that learns."""
     kernels = [branch.weight for block in network.blocks for branch in block.branches]
     chosen = {id(kernel) for kernel in kernels}
     others = [p for p in network.parameters() if p.requires_grad and id(p) not in chosen]
     optimizers = [
-        Muon(kernels, lr=settings.learning_rate, momentum=settings.momentum),
+        Muon(kernels, settings.learning_rate, settings.momentum, precision),
         torch.optim.Adam(others, lr=settings.adam_learning_rate, betas=(0.9, 0.95)),
     ]
     for optimizer in optimizers:
@@ -123,10 +137,13 @@ def train_batch(
     weights: Tensor,
     optimizers: list[Optimizer],
     smoothing: float,
+    precision: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """One step on one batch, whose images count as `weights` says: before the step, the loss of
-    each of its b images, and whether it was right."""
-    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=x.is_cuda):
+    each of its b images, and whether it was right. In bfloat16 the maps and products are rounded
+    to 8 binary digits; weights, loss and steps are kept in float32."""
+    half = precision == torch.bfloat16
+    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=half):
         logits = network(x)
     losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
     for optimizer in optimizers:
@@ -165,7 +182,8 @@ class Underway:
 
     def __init__(self, network: nn.Module, training: ImageSet, settings: Settings) -> None:
         self.network, self.settings = network, settings
-        self.optimizers = make_optimizers(network, settings)
+        self.precision = pick_precision(settings.precision, next(network.parameters()).device)
+        self.optimizers = make_optimizers(network, settings, self.precision)
         # Shuffling and augmentation draw from this generator and from no other.
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.augmentation = Augmentation(
@@ -205,7 +223,7 @@ class Underway:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "drawn": self.drawn,
             "mirrored_first": self.augmentation.mirrored_first,
-            "machine": machine_of(self.network),
+            "machine": machine_of(self.network, self.settings),
         } | {name: getattr(self, name) for name in self.POSITION}
 
     def note(self, index: Tensor, losses: Tensor, hits: Tensor, rate: float) -> float:
@@ -271,7 +289,7 @@ def train_epoch(underway: Underway, save: Callable[[], None]) -> dict[str, float
         )
         losses, hits = train_batch(
             underway.network, shrink(x, size), labels, underway.importance[index],
-            underway.optimizers, settings.label_smoothing,
+            underway.optimizers, settings.label_smoothing, underway.precision,
         )  # fmt: skip
         loss = underway.note(index, losses, hits, rate)
         if not math.isfinite(loss):
@@ -305,9 +323,9 @@ def diverged(what: str, underway: Underway, rate: float) -> TrainingError:
     )
 
 
-def machine_of(network: nn.Module) -> dict[str, Any]:
-    """What a network is trained on: processor, threads, instructions, device."""
-    return surroundings(next(network.parameters()).device)["hardware"]
+def machine_of(network: nn.Module, settings: Settings) -> dict[str, Any]:
+    """What a network is trained on: processor, threads, instructions, device, precision."""
+    return surroundings(next(network.parameters()).device, settings.precision)["hardware"]
 
 
 def train(
@@ -328,7 +346,8 @@ def train(
         The trained network and its finished record.
 
     Raises:
-        ParameterError: the device does not exist, or a batch of one image cannot be learnt from.
+        ParameterError: the device or the precision is not to be had here, or a batch of one image
+            cannot be learnt from.
         RunError: the run cannot be recorded, or continued.
         TrainingError: a loss or weights that are not finite; the record says so too.
     """
@@ -376,7 +395,7 @@ def go_on(underway: Underway, state: dict[str, Any], record: Record) -> None:
     if underway.epoch > underway.settings.epochs:
         where = "after its last epoch"
     record.say(f"run {record.name} goes on {where}")
-    before, now = state["machine"], machine_of(underway.network)
+    before, now = state["machine"], machine_of(underway.network, underway.settings)
     changed = [
         f"{name} {before.get(name)}, now {now[name]}"
         for name in now
@@ -483,4 +502,4 @@ def final_metrics(
         "training_accuracy": last["training_accuracy"],
         "train_seconds": sum(row["seconds"] for row in record.epochs),
         "parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
-    } | surroundings(device)
+    } | surroundings(device, settings.precision)

@@ -338,6 +338,12 @@ def test_every_form_has_gradients_under_autocast(form, gate):
 # ---- which form
 
 
+@pytest.fixture(autouse=True)
+def rule_of_avx2(monkeypatch):
+    """The forms are chosen as on a CPU with AVX2, whatever this one has."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+
+
 def parts_of(size, kernel_size, stride=1, channels=(128, 128), device="cpu"):
     with torch.device("meta"):
         block = IntermediateBlock(*channels, len(kernel_size), kernel_size, stride)
@@ -373,6 +379,28 @@ def test_auto_weighs_winograds_price_for_each_branch_against_mixed_kernels():
     assert parts_of(16, (3, 3), channels=wide) == [("winograd", [0, 1])]
     assert parts_of(16, (3, 3, 3), channels=wide) == [("grouped", [0, 1, 2])]
     assert parts_of(8, (3, 3, 3), channels=wide) == [("winograd", [0, 1, 2])]
+
+
+def test_auto_takes_winograd_with_avx512_for_more_channels_yet(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert parts_of(8, (3, 3)) == [("fused", [0, 1])]
+    assert parts_of(8, (3, 3), channels=(384, 384)) == [("winograd", [0, 1])]
+    assert parts_of(16, (3, 3)) == [("winograd", [0, 1])]
+    assert parts_of(16, (3, 3, 3)) == [("grouped", [0, 1, 2])]
+
+
+def test_auto_in_bfloat16_mixes_three_kernels_and_never_takes_winograd():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert parts_of(16, (3, 3), channels=(384, 384)) == [("fused", [0, 1])]
+        assert parts_of(16, (3, 3, 3)) == [("grouped", [0, 1, 2])]
+        assert parts_of(8, (3, 3, 3), channels=(384, 384)) == [("fused", [0, 1, 2])]
+
+
+@pytest.mark.parametrize("form", ["fused", "grouped"])
+def test_maps_stay_in_bfloat16_under_autocast(form):
+    block = IntermediateBlock(8, 8, 3, bias=False, form=form)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert block(torch.randn(2, 8, 16, 16)).dtype == torch.bfloat16
 
 
 def test_auto_chooses_on_a_cpu_only():

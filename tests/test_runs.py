@@ -91,6 +91,7 @@ REFUSED = {
     "branches": (*NOT_WHOLES, 0, [2]), "kernel_size": (*NOT_WHOLES, 2, [3, 2]),
     "strides": (*NOT_WHOLES, 0),
     "gate": (*NOT_A_NAME, "Softmax"), "activation": (*NOT_A_NAME, "swish"),
+    "precision": (*NOT_A_NAME, "", "float16", "bfloat16x2"),
     "flip": (None, 1, 0.0, "true", "yes", [True]), "normalise": (None, 1, 0.0, "true", [True]),
 }  # fmt: skip
 
@@ -215,6 +216,21 @@ def test_an_unknown_device_is_refused() -> None:
         runs.pick_device("cuda:99")
     assert Settings(device="cuda:1").device == "cuda:1"
     assert runs.pick_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize("able", [False, True])
+def test_bfloat16_needs_a_processor_that_calculates_with_it(
+    monkeypatch: pytest.MonkeyPatch, able: bool
+) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
+    assert runs.pick_precision("float32", cpu) == torch.float32
+    assert runs.pick_precision("auto", cpu) == (torch.bfloat16 if able else torch.float32)
+    if able:
+        assert runs.pick_precision("bfloat16", cpu) == torch.bfloat16
+        return
+    with pytest.raises(ParameterError, match=r"precision = 'bfloat16'.* use auto or float32"):
+        runs.pick_precision("bfloat16", cpu)
     with pytest.raises(ParameterError, match="no such device"):  # at once, not when it is used
         runs.check_parameters({"device": "cuda:99"})
 
