@@ -11,11 +11,12 @@ show them.
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -35,6 +36,8 @@ SHAPES = (
     (256, 256, 4),
 )  # fmt: skip
 SWEPT = (24, 32, 32), (64, 128, 16), (128, 128, 8), (128, 128, 4)  # for which L is varied
+# With branches of 3×3 and 1×1, as the presets have them: quick's and full's.
+MIXED = (32, 128, 16), (128, 128, 8), (96, 384, 16), (384, 384, 8), (384, 384, 4)
 BRANCHES = (1, 2, 4, 8)
 ROUNDS, REPEATS = 5, 2  # rounds in which the candidates take turns; runs of each in a round
 LAST = "channels_last"
@@ -63,50 +66,70 @@ def maps(channels: int, size: int, memory_format: torch.memory_format) -> Tensor
     return x.requires_grad_()
 
 
-def there_and_back(layer: nn.Module, channels: int, size: int, memory_format: str) -> Callable:
+def there_and_back(
+    layer: nn.Module, channels: int, size: int, memory_format: str, precision: torch.dtype
+) -> Callable:
     """A function that runs a layer forward and backward, on the gradient of random maps."""
     layout = getattr(torch, memory_format)
     layer = layer.to(memory_format=layout)
-    x = maps(channels, size, layout)
-    grad = torch.randn_like(layer(x))
-    return lambda: layer(x).backward(grad)
+    x = maps(channels, size, layout).detach().to(precision).requires_grad_()
+
+    def forward() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+            return layer(x)
+
+    grad = torch.randn_like(forward())
+    return lambda: forward().backward(grad)
 
 
-def plain(c: int, out: int, size: int) -> dict[str, Callable]:
+def plain(c: int, out: int, size: int, precision: torch.dtype) -> dict[str, Callable]:
     """One plain convolution of that shape, in either memory format."""
     return {
         f"plain, {layout}": there_and_back(
-            nn.Conv2d(c, out, 3, padding=1, bias=False), c, size, layout
+            nn.Conv2d(c, out, 3, padding=1, bias=False), c, size, layout, precision
         )
         for layout in ("contiguous_format", LAST)
     }
 
 
-def block(c: int, out: int, size: int, L: int, form: str) -> Callable:
-    return there_and_back(IntermediateBlock(c, out, L, bias=False, form=form), c, size, LAST)
+def block(
+    c: int, out: int, size: int, kernel_sizes: Sequence[int], form: str, precision: torch.dtype
+) -> Callable:
+    layer = IntermediateBlock(c, out, len(kernel_sizes), kernel_sizes, bias=False, form=form)
+    return there_and_back(layer, c, size, LAST, precision)
+
+
+def precisions() -> list[torch.dtype]:
+    """The number types with which this CPU calculates at full speed."""
+    able = runs.pick_precision("auto", torch.device("cpu")) == torch.bfloat16
+    return [torch.float32] + [torch.bfloat16] * able
 
 
 def bench_blocks() -> pd.DataFrame:
-    """Forward and backward of a block over one plain convolution (the faster memory format).
+    """Forward and backward of a block over one plain convolution (the faster memory format), in
+    each precision that the CPU is made for.
 
-    A row for each shape, L and form; `ratio` is to the plain convolution of the same rounds.
+    A row for each precision, shape, kernel sizes and form; `ratio` is to the plain convolution of
+    the same rounds.
     """
     rows = []
-    cases = [(shape, 4) for shape in SHAPES]
-    cases += [(shape, L) for shape in SWEPT for L in BRANCHES if L != 4]
-    for (c, out, size), L in cases:
-        candidates: dict[str, Callable] = plain(c, out, size)
-        candidates |= {form: block(c, out, size, L, form) for form in FORMS}
+    cases = [(shape, (3,) * 4) for shape in SHAPES]
+    cases += [(shape, (3,) * L) for shape in SWEPT for L in BRANCHES if L != 4]
+    cases += [(shape, (3, 1)) for shape in MIXED]
+    for precision, ((c, out, size), sizes) in itertools.product(precisions(), cases):
+        candidates: dict[str, Callable] = plain(c, out, size, precision)
+        candidates |= {form: block(c, out, size, sizes, form, precision) for form in FORMS}
         seconds = in_turn(candidates)
         one = min(value for name, value in seconds.items() if name.startswith("plain"))
+        numbers, kernels = str(precision).removeprefix("torch."), "+".join(map(str, sizes))
         for form in FORMS:
             rows.append(
-                {"in": c, "out": out, "map": size, "L": L, "form": form,
-                 "milliseconds": 1e3 * seconds[form], "plain": 1e3 * one,
-                 "ratio": seconds[form] / one}
+                {"precision": numbers, "in": c, "out": out, "map": size, "L": len(sizes),
+                 "kernels": kernels, "form": form, "milliseconds": 1e3 * seconds[form],
+                 "plain": 1e3 * one, "ratio": seconds[form] / one}
             )  # fmt: skip
         ratios = ", ".join(f"{form} {seconds[form] / one:.2f}" for form in FORMS)
-        print(f"{c}→{out} at {size}×{size}, L = {L}: {ratios}", flush=True)
+        print(f"{numbers}, {c}→{out} at {size}×{size}, kernels {kernels}: {ratios}", flush=True)
     return pd.DataFrame(rows)
 
 
@@ -130,18 +153,19 @@ def step_of(
         settings: parameters that differ from the quick preset's.
     """
     chosen, layout = runs.Settings(**settings), getattr(torch, layout)
+    precision = runs.pick_precision(chosen.precision, torch.device("cpu"))
     network = chosen.network().to(memory_format=layout).train()
     for one in network.blocks:
         one.form = form
     x = torch.randn(batch, 3, size, size).contiguous(memory_format=layout)
     network.fit_stem(x)
     labels = torch.randint(10, (batch,))
-    optimizers = training.make_optimizers(network, chosen)
+    optimizers = training.make_optimizers(network, chosen, precision)
     if compiled:
         network = torch.compile(network)
     weights = torch.ones(len(x))
     return lambda: training.train_batch(
-        network, x, labels, weights, optimizers, chosen.label_smoothing
+        network, x, labels, weights, optimizers, chosen.label_smoothing, precision
     )
 
 
@@ -196,6 +220,7 @@ TRIED: dict[str, dict[str, Any]] = {
     "freed memory given back": {"keep": False},
     "denormal numbers kept": {"flush": False},
     "one thread": {"threads": 1},
+    "float32": {"precision": "float32"},
     "ReLU for SiLU": {"activation": "relu"},
     "torch.compile": {"compiled": True},
     "batches of 125": {"batch": 125},
@@ -289,12 +314,12 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
     training.keep_freed_memory()
-    runs.BENCHMARKS.mkdir(parents=True, exist_ok=True)
+    machine = runs.surroundings(torch.device("cpu"), "auto")
+    folder = runs.BENCHMARKS / machine["hardware"]["instructions"]
+    folder.mkdir(parents=True, exist_ok=True)
     for name in tables:
-        MEASUREMENTS[name]().to_csv(
-            runs.BENCHMARKS / f"{name}.csv", index=False, float_format="%.4g"
-        )
-    runs.write_json(runs.BENCHMARKS / "machine.json", runs.surroundings(torch.device("cpu")))
+        MEASUREMENTS[name]().to_csv(folder / f"{name}.csv", index=False, float_format="%.4g")
+    runs.write_json(folder / "machine.json", machine)
 
 
 if __name__ == "__main__":
