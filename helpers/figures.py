@@ -458,10 +458,10 @@ def accuracy_by_cost(compared: pd.DataFrame, published: tuple[float, float, floa
     """
     drawn, panels = plt.subplots(1, 2, figsize=(1.6 * WIDTH, 4.2), sharey=True)
     for axes, column, other in zip(panels, ("minutes", "work"), published[1:]):
-        for (device, own), colour in zip(compared.groupby("device"), (TEST, TRAINING)):
+        for (kind, own), colour in zip(compared.groupby("kind"), (TEST, TRAINING, *COLOURS[2:])):
             axes.errorbar(
                 own[column], 100 * own["accuracy"], 100 * own["deviation"], fmt="o", color=colour,
-                capsize=3, label=f"this project, {'a GPU' if device == 'cuda' else 'CPU'}",
+                capsize=3, label=f"this project, {kind}",
             )  # fmt: skip
         axes.plot(
             other, 100 * published[0], "*", color=REFERENCE, markersize=12,

@@ -2,17 +2,21 @@
 
     python -m helpers.handin
 
-The notebook is put together from the four notebooks with their outputs and from the modules that
-they call, which its first cells write beside it; it needs nothing else of the project and runs on
-Google Colab as it is. The result is `report/handin.zip`.
+The notebook is put together from the four notebooks and from the modules that they call, which its
+first cells write beside it; it needs nothing else of the project and runs on Google Colab as it is.
+Its parameters and outputs are those of the best network: the first two notebooks are executed for
+it, the outputs of the training come from the record, those of the analysis are the stored ones. The
+result is `report/handin.zip`.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 import zipfile
+from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
@@ -51,22 +55,61 @@ class HandinError(Exception):
     """The hand-in cannot be made; the message says what is missing."""
 
 
-def make_notebook() -> NotebookNode:
-    """The single notebook, with the outputs of the stored ones.
+def make_chapters(run: runs.Run) -> list[NotebookNode]:
+    """The four notebooks with the outputs that belong to a run.
 
     Raises:
-        HandinError: a stored notebook has no outputs.
+        HandinError: the record holds no executed notebook.
+        ReportError: a notebook stopped.
     """
-    chapters = [
-        nbformat.read(report.NOTEBOOKS / f"{name}.ipynb", as_version=4) for name in report.SEQUENCE
+    chapters = []
+    for name in report.SEQUENCE:
+        stored = nbformat.read(report.NOTEBOOKS / f"{name}.ipynb", as_version=4)
+        if name == report.TRAINING:
+            stored = with_outputs_of_run(stored, run.folder / f"{name}.ipynb")
+        elif name[:2] in ("01", "02"):
+            target = report.REPORT / "handin" / f"{name}.ipynb"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            executed, _ = report.execute(name, target, run.config)
+            stored = report.with_outputs(stored, without_injected(executed))
+        chapters.append(stored)
+    return chapters
+
+
+def with_outputs_of_run(stored: NotebookNode, path: Path) -> NotebookNode:
+    """The training notebook with the outputs of a run; the code that it shows stays today's."""
+    if not path.is_file():
+        raise HandinError(f"{runs.place(path)} is missing; make the run again with notebook 03.")
+    executed = without_injected(nbformat.read(path, as_version=4))
+    for cell, done in zip(stored.cells, executed.cells, strict=True):
+        if cell.cell_type == "code" and "getsource" not in cell.source:
+            cell.outputs, cell.execution_count = done.outputs, done.execution_count
+    return stored
+
+
+def without_injected(notebook: NotebookNode) -> NotebookNode:
+    """A notebook without the cell of parameters that papermill put in."""
+    notebook.cells = [
+        cell
+        for cell in notebook.cells
+        if "injected-parameters" not in cell.metadata.get("tags", [])
     ]
+    return notebook
+
+
+def make_notebook(chapters: list[NotebookNode], run: runs.Run) -> NotebookNode:
+    """The single notebook, from chapters with outputs, with the parameters of a run.
+
+    Raises:
+        HandinError: a chapter has no outputs.
+    """
     notebook = new_notebook(metadata=dict(chapters[0].metadata))
     notebook.cells = [
-        new_markdown_cell(INTRODUCTION.format(result=report.result(runs.read(report.own_run())))),
+        new_markdown_cell(INTRODUCTION.format(result=report.result(run))),
         new_markdown_cell(CODE),
         code("from pathlib import Path\n\nPath('helpers').mkdir(exist_ok=True)"),
         *(cell for name in MODULES for cell in module_cells(name)),
-        new_markdown_cell(START), *starting_cells(chapters),
+        new_markdown_cell(START), *starting_cells(chapters, run),
         *(cell for chapter in chapters for cell in chapter_cells(chapter)),
     ]  # fmt: skip
     executed = (cell for cell in notebook.cells if cell.cell_type == "code")
@@ -97,12 +140,16 @@ def module_cells(name: str) -> list[NotebookNode]:
     ]
 
 
-def starting_cells(chapters: list[NotebookNode]) -> list[NotebookNode]:
+def starting_cells(chapters: list[NotebookNode], run: runs.Run) -> list[NotebookNode]:
     """Imports, one cell with the parameters of all chapters, their check, and the data."""
     lines: dict[str, str] = {}
     for chapter in sorted(chapters, key=lambda chapter: -len(parameters_of(chapter))):
         for line in parameters_of(chapter):
-            lines.setdefault(line.split(" = ")[0], line)
+            name, comment = re.match(r"(\w+) = .*?(  # .*)", line).groups()
+            value = "" if name == "run" else run.config[name]  # a run of its own
+            lines.setdefault(
+                name, f"{name} = {json.dumps(value) if isinstance(value, str) else value}{comment}"
+            )
     parameters = code("\n".join(lines.values()))
     parameters.metadata.tags = ["parameters"]
     load = next(cell for cell in chapters[0].cells if cell.source.startswith(AT_THE_TOP[2]))
@@ -170,14 +217,17 @@ def write() -> str:
     """Make `report/handin.zip`: one folder with the notebook and the PDF; its path, as shown.
 
     Raises:
-        HandinError: a stored notebook has no outputs, or the PDF is missing.
+        HandinError: a notebook has no outputs, or the PDF is missing.
+        ReportError: a notebook stopped.
     """
+    run = runs.read(report.best_run())
     pdf, target = report.NOTEBOOKS / "report.pdf", report.REPORT / "handin.zip"
     if not pdf.is_file():
         raise HandinError("notebooks/report.pdf is missing; run `make publish ONLY=04` first.")
     target.parent.mkdir(exist_ok=True)
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(f"{FOLDER}/report.ipynb", nbformat.writes(make_notebook()))
+        notebook = make_notebook(make_chapters(run), run)
+        archive.writestr(f"{FOLDER}/report.ipynb", nbformat.writes(notebook))
         archive.write(pdf, f"{FOLDER}/report.pdf")
     return runs.place(target)
 
@@ -185,7 +235,7 @@ def write() -> str:
 def main() -> None:
     try:
         print(f"{write()} is ready to be handed in.")
-    except (HandinError, runs.RunError) as error:
+    except (HandinError, report.ReportError, data.DataError, runs.RunError) as error:
         sys.exit(str(error))
 
 

@@ -11,6 +11,7 @@ sheet's PDF.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -29,7 +30,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
-from helpers import data, evaluation, model, runs
+from helpers import data, evaluation, figures, model, runs
 from helpers.evaluation import mean_and_deviation
 from helpers.explorer import write_explorer
 
@@ -37,6 +38,7 @@ NOTEBOOKS = data.ROOT / "notebooks"
 REPORT = data.ROOT / "report"
 SEQUENCE = ("01_data_exploration", "02_model_definition", "03_training", "04_analysis")
 TRAINING = "03_training"
+BEST = "full"  # the preset whose run of seed 0 is the result: analysed in 04, its weights kept
 
 
 class ReportError(Exception):
@@ -102,7 +104,7 @@ def make_report(preset: str, seed: int) -> Path:
         f"Run {run} of the preset {preset}, into {runs.place(folder)}; first, the data.", flush=True
     )
     images = data.load_data()
-    dataset, figures = images.name, data.ROOT / "figures" / runs.label(settings, images)
+    dataset, drawn = images.name, data.ROOT / "figures" / runs.label(settings, images)
     with runs.Record(settings, images):  # can it be written and, if it is there, continued?
         pass
     durations = {}
@@ -115,7 +117,7 @@ def make_report(preset: str, seed: int) -> Path:
     finished, index = runs.read(run), folder / "index.html"
     render(overview(finished, durations), index, dataset)
     write_explorer(finished, images, folder / "explorer.html")
-    make_pdf(finished, figures, folder / "report.pdf")
+    make_pdf(finished, drawn, folder / "report.pdf")
     return index
 
 
@@ -174,14 +176,15 @@ def publish(numbers: list[str]) -> None:
     """Execute notebooks with their own parameters and store the outputs in `notebooks/`.
 
     Args:
-        numbers: the first two characters of the notebooks' names. Without 03, the analysis reads
-            the run that the stored 03 made. With 04 comes the PDF.
+        numbers: the first two characters of the notebooks' names. What 04 analyses is the run of
+            `BEST` that is on record. With 04 comes the PDF of that run.
 
     Raises:
         ReportError: a notebook stopped, the data are not CIFAR-10, or outputs hold what they
             should not; then nothing is stored for that notebook.
     """
-    if data.load_data().name != "cifar10":
+    images = data.load_data()
+    if images.name != "cifar10":
         raise ReportError("The stored outputs are those of CIFAR-10, and here is only a stand-in.")
     folder = REPORT / "published"
     folder.mkdir(parents=True, exist_ok=True)
@@ -201,14 +204,44 @@ def publish(numbers: list[str]) -> None:
         if name == TRAINING:
             keep(executed, own_run())
     if "04" in numbers:
-        own = runs.read(own_run())
-        make_pdf(own, data.ROOT / "figures" / own.metrics["preset"], NOTEBOOKS / "report.pdf")
+        best = runs.read(best_run())
+        folder = draw_plots(best, runs.label(runs.settings_of(best), images))
+        make_pdf(best, folder, NOTEBOOKS / "report.pdf")
 
 
 def own_run() -> str:
     """The name of the latest run of the notebooks' own parameters."""
     own = runs.Settings()
     return runs.latest(f"{own.preset}-seed{own.seed}")
+
+
+def best_run() -> str:
+    """The name of the latest run of `BEST` with seed 0."""
+    return runs.latest(f"{BEST}-seed0")
+
+
+def draw_plots(run: runs.Run, label: str) -> Path:
+    """Save the figures that the PDF shows of a run, drawn from its record.
+
+    Args:
+        label: the name of their folder in `figures/`.
+
+    Returns:
+        that folder.
+    """
+    settings = runs.settings_of(run)
+    figures.use_style()
+    drawn = {
+        "02_block": figures.block_diagram(),
+        "02_network": figures.network_diagram(settings.network()),
+        "03_batch_losses": figures.batch_losses(run.batches),
+        "03_accuracy_by_epoch": figures.accuracy_by_epoch(
+            run.history, evaluation.PUBLISHED, settings.first_sizes
+        ),
+    }
+    for name, figure in drawn.items():
+        figures.save(figure, name, label)
+    return data.ROOT / "figures" / label
 
 
 def with_outputs(notebook: NotebookNode, executed: NotebookNode) -> NotebookNode:
@@ -379,23 +412,23 @@ def result(run: runs.Run) -> str:
 # ---- the PDF
 
 
-def make_pdf(run: runs.Run, figures: Path, target: Path) -> None:
+def make_pdf(run: runs.Run, drawn: Path, target: Path) -> None:
     """Typeset the sheet's PDF, at most three pages, from the records and the saved figures.
 
     Args:
         run: the run whose plots are shown; runs of other seeds give the mean.
-        figures: the folder with the notebooks' figures, inside the project.
+        drawn: the folder with the notebooks' figures, inside the project.
 
     Raises:
         ReportError: a figure is missing.
     """
     needed = ("02_block", "02_network", "03_batch_losses", "03_accuracy_by_epoch")
     for name in needed:
-        if not (figures / f"{name}.svg").is_file():
+        if not (drawn / f"{name}.svg").is_file():
             raise ReportError(
-                f"{runs.place(figures / name)}.svg is missing; execute the notebooks first."
+                f"{runs.place(drawn / name)}.svg is missing; execute the notebooks first."
             )
-    content = pdf_content(run) | {"figures": f"/{figures.relative_to(data.ROOT).as_posix()}"}
+    content = pdf_content(run) | {"figures": f"/{drawn.relative_to(data.ROOT).as_posix()}"}
     template = Path(__file__).with_suffix(".typ")
     numbers = {"data": json.dumps(content)}
     try:
@@ -435,7 +468,7 @@ def pdf_content(run: runs.Run) -> dict:
             for _, row in layers.iterrows()
         ],
         "hyperparameters": [
-            [name.replace("_", " "), str(run.config[name])]
+            [name.replace("_", " "), in_short(run.config[name])]
             for name in (
                 "widths", "branches", "kernel_size", "gate", "stem_filters", "epochs",
                 "first_sizes", "batch_size", "learning_rate", "momentum", "adam_learning_rate",
@@ -443,6 +476,7 @@ def pdf_content(run: runs.Run) -> dict:
             )
             if run.config[name]
         ],
+        "half": run.metrics["hardware"].get("precision") == "bfloat16",
         "seeds": [
             [
                 row["run"], f"{row['test_accuracy']:.2%}", f"{row['test_accuracy_tta']:.2%}",
@@ -462,6 +496,13 @@ def pdf_content(run: runs.Run) -> dict:
             for row in choices.itertuples(index=False)
         ],
     }  # fmt: skip
+
+
+def in_short(value: object) -> str:
+    """A parameter as text; of a list with repetitions, how often each value comes."""
+    if not isinstance(value, list) or len(value) < 8:
+        return str(value)
+    return ", ".join(f"{len(list(same))} × {one}" for one, same in itertools.groupby(value))
 
 
 # ---- the command

@@ -295,9 +295,11 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         ParameterError: bfloat16 on a processor that has no instructions for it, which would take
             up to hundreds of times as long.
     """
-    able = device.type == "cuda" or any(
-        torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16")
-    )
+    if device.type == "cuda":  # older ones pretend to
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has = torch.cpu.get_capabilities()
+        able = has.get("avx512_bf16", False) or has.get("amx_bf16", False)
     if name == "auto":
         return torch.bfloat16 if able else torch.float32
     if name == "bfloat16" and not able:
@@ -791,29 +793,39 @@ def what_counts(run: Run) -> dict[str, Any]:
         "seed", "device", "precision", "run", "basic_images", "measure_training_every", "version",
     )  # fmt: skip
     counts = {name: value for name, value in run.config.items() if name not in ignored}
+    return counts | {"kind": kind_of(run)}
+
+
+def kind_of(run: Run) -> str:
+    """What a run calculated with, such as CPU, AVX2, float32: only within a kind do times compare,
+    and for the bits not even there."""
     hardware = run.metrics["hardware"]
-    kind = {name: hardware[name] for name in ("device", "instructions")}
-    return counts | kind | {"precision": hardware.get("precision", "float32")}
+    of_cpu = f"CPU, {hardware.get('instructions', 'unknown')}"
+    kind = "GPU" if hardware["device"] == "cuda" else of_cpu
+    return f"{kind}, {hardware.get('precision', 'float32')}"
 
 
 def machine_of(run: Run) -> str:
     """What a run was made on, in words."""
     hardware = run.metrics["hardware"]
-    return hardware.get("gpu", f"{hardware['threads']} CPU cores ({hardware['processor']})")
+    cores = f"{hardware['threads']} CPU cores ({hardware['processor']}"
+    details = [hardware[key] for key in ("instructions", "precision") if key in hardware]
+    return hardware.get("gpu", ", ".join([cores, *details]) + ")")
 
 
 def by_cost(dataset: str = "cifar10") -> pd.DataFrame:
     """Accuracy and cost of everything that was trained on all training images, a row for each.
 
     Columns: `run` (without its seed), `n` seeds, mean test `accuracy` and its standard `deviation`
-    (fractions of one), mean `minutes` of training, the `device`, and `work`, the multiply-adds of a
-    whole training: those of each image forward, as the formula is written, and as many again for
-    each of the two gradients. Sorted by minutes. Runs on different devices are rows of their own.
+    (fractions of one), mean `minutes` of training, the `kind` of machine, and `work`, the
+    multiply-adds of a whole training: those of each image forward, as the formula is written, and
+    as many again for each of the two gradients. Sorted by minutes. Runs on different kinds of
+    machine are rows of their own.
     """
-    columns = ["run", "n", "accuracy", "deviation", "minutes", "device", "work"]
+    columns = ["run", "n", "accuracy", "deviation", "minutes", "kind", "work"]
     rows, known, among = [], [], finished()
     for run in among:
-        config, device = run.config, run.metrics["hardware"]["device"]
+        config = run.config
         if config["dataset"] != dataset or config["validation"] or config["train_images"]:
             continue
         if what_counts(run) in known:
@@ -822,7 +834,7 @@ def by_cost(dataset: str = "cifar10") -> pd.DataFrame:
         seeds = seeds_of(run, among)
         accuracy, minutes = seeds["test_accuracy"], seeds["train_seconds"] / 60
         name = re.sub(r"-seed\d+(-\d+)?$", "", run.name)
-        row = name, len(seeds), accuracy.mean(), accuracy.std(), minutes.mean(), device
+        row = name, len(seeds), accuracy.mean(), accuracy.std(), minutes.mean(), kind_of(run)
         rows.append((*row, training_work(run)))
     return pd.DataFrame(rows, columns=columns).sort_values("minutes", ignore_index=True)
 

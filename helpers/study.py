@@ -203,14 +203,14 @@ def finite(value: torch.Tensor | float) -> float | None:
 
 def row_of(name: str) -> dict[str, Any]:
     """What a run gave and cost: the accuracies of `study.json`, `seconds` of training, learned
-    `parameters`, and `work`, the multiply-adds of one image forward, as evaluated."""
+    `parameters`, and `work`, the multiply-adds of one image forward, as written."""
     run = runs.read(name)
     said = runs.read_json(run.folder / "study.json")
     layers = layer_table(runs.settings_of(run).network())
     return {accuracy: said[accuracy] for accuracy in ACCURACIES} | {
         "seconds": run.metrics["train_seconds"],
         "parameters": run.metrics["parameters"],
-        "work": float(layers["multiply-adds as evaluated"].sum()),
+        "work": float(layers["multiply-adds as written"].sum()),
     }
 
 
@@ -229,17 +229,21 @@ def table() -> pd.DataFrame:
 
 
 def ladder() -> pd.DataFrame:
-    """The ladder, a row a step: `step`, what is `new`, whether it is `kept`, what `row_of` says.
+    """The ladder, a row a step that has been made: `step`, what is `new`, whether it is `kept`,
+    what `row_of` says.
 
     Raises:
-        RunError: a run is missing, failed or cannot be read.
+        RunError: a run failed or cannot be read.
     """
-    rows = []
+    rows, left = [], missing("ladder")
     for (step, changes), name in zip(LADDER.items(), steps(), strict=True):
+        if name in left:
+            continue
         new = ", ".join(f"{parameter} = {value}" for parameter, value in changes.items())
         kept = "" if step in NOT_KEPT else "kept"
         rows.append({"step": step, "new": new, "kept": kept} | row_of(name))
-    return pd.DataFrame(rows)
+    columns = ["step", "new", "kept", *ACCURACIES, "seconds", "parameters", "work"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def compare(results: pd.DataFrame) -> pd.DataFrame:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import copy
+import dataclasses
 import itertools
 import os
 import re
@@ -15,7 +17,7 @@ import nbformat
 import pytest
 import yaml
 
-from helpers import data, handin, report
+from helpers import data, handin, report, runs
 
 # Run by every Python that finds it: forgets the project, which is installed in the environment.
 FORGET = """
@@ -27,8 +29,45 @@ sys.path = [p for p in sys.path if "editable" not in p]
 
 
 @pytest.fixture(scope="module")
-def notebook() -> nbformat.NotebookNode:
-    return handin.make_notebook()
+def best() -> runs.Run:
+    return runs.read(report.best_run())
+
+
+@pytest.fixture(scope="module")
+def chapters(best: runs.Run) -> list[nbformat.NotebookNode]:
+    """As `handin.make_chapters` gives them, but the first two with their stored outputs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "execute", lambda name, *_: (stored(name), 0.0))
+        return handin.make_chapters(best)
+
+
+def stored(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(report.NOTEBOOKS / f"{name}.ipynb", as_version=4)
+
+
+@pytest.fixture(scope="module")
+def notebook(chapters: list[nbformat.NotebookNode], best: runs.Run) -> nbformat.NotebookNode:
+    return handin.make_notebook(copy.deepcopy(chapters), best)
+
+
+def test_parameters_and_outputs_are_those_of_the_best_network(
+    notebook: nbformat.NotebookNode, best: runs.Run
+) -> None:
+    (cell,) = (cell for cell in notebook.cells if handin.is_parameters(cell))
+    given = {s.targets[0].id: ast.literal_eval(s.value) for s in ast.parse(cell.source).body}
+    assert {"seed", "run", "widths", "gate", "epochs"} <= set(given)
+    assert given == {name: best.config[name] for name in given} | {"run": ""}
+    outputs = str([cell.get("outputs") for cell in notebook.cells])
+    accuracy = f"{best.metrics['test_accuracy']:.2%}"
+    assert outputs.count(accuracy) >= 3 and accuracy in notebook.cells[0].source
+    epochs = best.metrics["epochs"]
+    assert len(re.findall(rf"epoch +\d+/{epochs} ", outputs)) == epochs
+
+
+def test_a_record_without_its_notebook_is_named(tmp_path: Path, best: runs.Run) -> None:
+    bare = dataclasses.replace(best, folder=tmp_path)
+    with pytest.raises(handin.HandinError, match=r"03_training\.ipynb is missing"):
+        handin.with_outputs_of_run(stored(report.TRAINING), bare.folder / "03_training.ipynb")
 
 
 def test_every_module_that_is_used_is_written_before() -> None:
@@ -74,9 +113,10 @@ def test_prose_stands_before_code_as_in_the_notebooks(notebook: nbformat.Noteboo
 
 
 def test_the_zip_holds_one_folder_with_two_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chapters: list[nbformat.NotebookNode]
 ) -> None:
     monkeypatch.setattr(report, "REPORT", tmp_path / "report")
+    monkeypatch.setattr(handin, "make_chapters", lambda _: copy.deepcopy(chapters))
     handin.write()
     with zipfile.ZipFile(tmp_path / "report" / "handin.zip") as archive:
         expected = [f"{handin.FOLDER}/{name}" for name in ("report.ipynb", "report.pdf")]
@@ -86,17 +126,14 @@ def test_the_zip_holds_one_folder_with_two_files(
 
 
 def test_without_outputs_there_is_no_hand_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chapters: list[nbformat.NotebookNode], best: runs.Run
 ) -> None:
-    for name in report.SEQUENCE:
-        stored = nbformat.read(report.NOTEBOOKS / f"{name}.ipynb", as_version=4)
-        for cell in stored.cells:
-            if cell.cell_type == "code":
-                cell.execution_count = None
-        nbformat.write(stored, tmp_path / f"{name}.ipynb")
-    monkeypatch.setattr(report, "NOTEBOOKS", tmp_path)
+    bare = copy.deepcopy(chapters)
+    for cell in bare[3].cells:
+        if cell.cell_type == "code":
+            cell.execution_count = None
     with pytest.raises(handin.HandinError, match="make publish"):
-        handin.make_notebook()
+        handin.make_notebook(bare, best)
 
 
 def test_it_runs_in_an_empty_folder_without_the_project(

@@ -118,8 +118,12 @@ def declared_in(name: str) -> dict:
 
 
 @each_notebook
-def test_default_parameters_are_the_quick_preset(name: str) -> None:
+def test_default_parameters_are_the_quick_preset_but_the_best_network_is_analysed(
+    name: str,
+) -> None:
     expected = dataclasses.asdict(runs.Settings()) | read_preset("quick")
+    if name == "04_analysis":
+        expected["preset"] = report.BEST
     declared = declared_in(name)
     assert declared == {key: expected[key] for key in declared}
 

@@ -282,8 +282,8 @@ def test_overview_states_what_came_out() -> None:
 
 
 def test_pdf_has_three_pages_at_most_and_its_numbers_are_the_records(tmp_path: Path) -> None:
-    run = runs.read("quick-seed0")
-    report.make_pdf(run, data.ROOT / "figures" / "quick", tmp_path / "{p}.svg")
+    run = runs.read(report.best_run())
+    report.make_pdf(run, data.ROOT / "figures" / report.BEST, tmp_path / "{p}.svg")
     assert 2 <= len(list(tmp_path.glob("*.svg"))) <= 3
     content = report.pdf_content(run)
     assert f"{100 * run.metrics['test_accuracy']:.2f}" in str(content["seeds"])

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from helpers import data, evaluation, runs
+from helpers import data, evaluation, report, runs
 from helpers.evaluation import mean_and_deviation
 from helpers.runs import ParameterError, RunError, Settings
 
@@ -226,6 +226,9 @@ def test_bfloat16_needs_a_processor_that_calculates_with_it(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
     assert runs.pick_precision("float32", cpu) == torch.float32
     assert runs.pick_precision("auto", cpu) == (torch.bfloat16 if able else torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able)
+    gpu = torch.device("cuda")
+    assert runs.pick_precision("auto", gpu) == (torch.bfloat16 if able else torch.float32)
     if able:
         assert runs.pick_precision("bfloat16", cpu) == torch.bfloat16
         return
@@ -388,6 +391,10 @@ def test_accuracy_and_cost_of_everything_that_was_trained(
         "run-seed0": (0, 0.5, "cpu"), "run-seed1": (1, 0.7, "cpu"), "other-seed0": (0, 0.4, "cpu"),
         "run-there-seed0": (0, 0.9, "cuda"),
     }  # fmt: skip
+    hardware = {
+        "cpu": {"device": "cpu", "instructions": "AVX2"},  # as before there was a choice
+        "cuda": {"device": "cuda", "instructions": "AVX512", "precision": "bfloat16"},
+    }
     for name, (seed, accuracy, device) in rows.items():
         widths = [2] if name.startswith("other") else [3]
         settings = Settings(
@@ -396,7 +403,7 @@ def test_accuracy_and_cost_of_everything_that_was_trained(
         )  # fmt: skip
         metrics = {
             "dataset": tiny_images.name, "test_accuracy": accuracy, "train_seconds": 60 * widths[0],
-            "seed": seed, "finished": name, "hardware": {"device": device},
+            "seed": seed, "finished": name, "hardware": hardware[device],
         }  # fmt: skip
         with runs.Record(settings, tiny_images) as record:
             for epoch in (1, 2):
@@ -404,9 +411,10 @@ def test_accuracy_and_cost_of_everything_that_was_trained(
                 record.add_epoch(row, [{"epoch": epoch, "batch": 1, "loss": 2.0}])
             record.finish(settings.network(), metrics)
     assert runs.by_cost("data without a run").empty
-    table = runs.by_cost(tiny_images.name).set_index("device")
-    assert table.loc["cuda", ["run", "n", "accuracy"]].tolist() == ["run-there", 1, 0.9]
-    table = table.loc["cpu"].set_index("run")
+    table = runs.by_cost(tiny_images.name).set_index("kind")
+    there = table.loc["GPU, bfloat16", ["run", "n", "accuracy"]]
+    assert there.tolist() == ["run-there", 1, 0.9]
+    table = table.loc["CPU, AVX2, float32"].set_index("run")
     assert list(table.index) == ["other", "run"] and list(table["n"]) == [1, 2]
     assert table.loc["run", "accuracy"] == pytest.approx(0.6)
     assert table.loc["run", "deviation"] == pytest.approx(0.02**0.5)
@@ -484,12 +492,13 @@ def test_choices_are_compared_with_the_base_of_their_family(
 def test_the_readme_states_what_the_records_say() -> None:
     """Every result in the README is that of the records, rounded."""
     readme = " ".join((data.ROOT / "README.md").read_text(encoding="utf-8").split())
-    seeds = runs.seeds_of(runs.read("quick-seed0"))
-    accuracy, minutes = 100 * seeds["test_accuracy"], seeds["train_seconds"] / 60
-    assert f"**{mean_and_deviation(accuracy, 2)} %**" in readme
-    assert f"**{mean_and_deviation(minutes, 1)} minutes**" in readme
-    assert f"(n = {len(seeds)}" in readme
-    assert f"{mean_and_deviation(100 * seeds['test_accuracy_tta'], 2)} % with it" in readme
+    for preset in (report.BEST, "quick"):
+        seeds = runs.seeds_of(runs.read(f"{preset}-seed0"))
+        accuracy, minutes = 100 * seeds["test_accuracy"], seeds["train_seconds"] / 60
+        assert f"**{mean_and_deviation(accuracy, 2)} %**" in readme
+        assert f"**{mean_and_deviation(minutes, 1)} minutes**" in readme
+        assert f"(n = {len(seeds)}" in readme
+        assert f"{mean_and_deviation(100 * seeds['test_accuracy_tta'], 2)} % with it" in readme
     for row in runs.by_cost().itertuples():
         first = next(name for name in runs.names() if name.startswith(f"{row.run}-seed"))
         alike = runs.seeds_of(runs.read(first))
