@@ -1,11 +1,11 @@
 """What a block and a training step cost, measured side by side: `make bench`.
 
-    python -m helpers.bench                # everything: about half an hour on two idle cores
+    python -m helpers.bench                # everything: up to half an hour on two idle cores
     python -m helpers.bench tried memory   # some of the tables only
 
-It writes `notebooks/benchmarks/`: `blocks.csv`, `steps.csv`, `tried.csv` and `memory.csv` (a row a
-candidate), `profile.csv` (where the time of a step goes) and `machine.json`. Notebooks 02 and 03
-show them.
+It writes into `notebooks/benchmarks/<instructions of the CPU>/`: `blocks.csv`, `steps.csv`,
+`tried.csv` and `memory.csv` (a row a candidate), `profile.csv` (where the time of a step goes) and
+`machine.json`. Notebooks 02 and 03 show those of the machine measured last.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ GROUPS = {
 
 def bench_profile() -> pd.DataFrame:
     """Where the time of a training step of the quick network goes: a row a group of operations."""
-    step = step_of(500)
+    step = step_of(250)
     step()
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for _ in range(3):
@@ -224,7 +224,7 @@ TRIED: dict[str, dict[str, Any]] = {
     "ReLU for SiLU": {"activation": "relu"},
     "torch.compile": {"compiled": True},
     "batches of 125": {"batch": 125},
-    "batches of 250": {"batch": 250},
+    "batches of 500": {"batch": 500},
     "batches of 1,000": {"batch": 1000},
     "images of 16×16": {"size": 16},
     "images of 20×20": {"size": 20},
@@ -250,7 +250,7 @@ def bench_tried() -> pd.DataFrame:
 
 
 def time_step(
-    batch: int = 500,
+    batch: int = 250,
     keep: bool = True,
     flush: bool = True,
     threads: int = 0,

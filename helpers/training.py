@@ -140,8 +140,8 @@ def train_batch(
     precision: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """One step on one batch, whose images count as `weights` says: before the step, the loss of
-    each of its b images, and whether it was right. In bfloat16 the maps and products are rounded
-    to 8 binary digits; weights, loss and steps are kept in float32."""
+    each of its b images, and whether it was right. In bfloat16 the maps are rounded to 8 binary
+    digits; weights, momentum and loss are kept in float32."""
     half = precision == torch.bfloat16
     with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=half):
         logits = network(x)
@@ -335,7 +335,7 @@ def train(
 
     The seed decides the network's first weights, the order of the images and their augmentation;
     measuring draws no random number, so it does not change the training. A run that was stopped
-    is continued from its last checkpoint, at most a minute old, and gives on the same CPU with as
+    is continued from its last checkpoint, about half a minute old at most, and gives on the same CPU with as
     many threads the same bits as one that was not. Another machine or number of threads sums in
     another order: the draws are the same, the numbers differ by rounding.
 
