@@ -27,11 +27,14 @@ def test_candidates_take_turns_and_the_slow_one_is_found() -> None:
     assert turns == ["quick", "slow"] * 3
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", ["branches", "auto"])
-def test_a_block_runs_forward_and_backward(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_runs_forward_and_backward(
+    form: str, precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bench, "BATCH", 2)
     block = bench.IntermediateBlock(3, 4, 2, bias=False, form=form)
-    bench.there_and_back(block, 3, 4, bench.LAST)()
+    bench.there_and_back(block, 3, 4, bench.LAST, precision)()
     assert all(branch.weight.grad.abs().sum() > 0 for branch in block.branches)
     assert block.fc.weight.grad is not None
 
