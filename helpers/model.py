@@ -29,7 +29,7 @@ ACTIVATIONS = {"none": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn
 class Rule(NamedTuple):
     """Where which form is the cheapest on a kind of CPU; for `IntermediateBlock.parts`."""
 
-    mixing: float  # Σ k² over the largest k², from which on it pays to mix the kernels
+    mixing: float  # Σ k² over the largest k², from which on it pays on large maps to mix kernels
     winograd: float  # in·out / (in + out), from which on Winograd's tiles pay against fused
     winograd_a_branch: float  # the same, for each 3×3 branch, against mixed kernels
 
@@ -41,7 +41,7 @@ RULES = {
     "AVX512": Rule(mixing=2, winograd=70, winograd_a_branch=30),
     "bfloat16": Rule(mixing=3, winograd=math.inf, winograd_a_branch=math.inf),
 }
-MIXING_POSITIONS = 144  # of a map from which on it pays to mix the kernels of each image
+MIXING_POSITIONS = 144  # of a map; on smaller ones mixing takes that many times more kernels
 KERNELS_AT_ONCE = 2**24  # numbers in the mixed kernels that exist at a time (64 MiB)
 TILES_AT_ONCE = 256  # so that what is made of them stays in the cache
 
@@ -170,7 +170,7 @@ class IntermediateBlock(nn.Module):
         """Which branches are evaluated together for x, and in which form; decided by shapes alone.
 
         A mixed kernel is one convolution instead of L, but has to be made for each image, however
-        small its map: large maps. Winograd's tiles save more than half of the multiplications of
+        small its map: large maps, or many branches. Winograd's tiles save more than half of the multiplications of
         3×3 kernels (in·out), at a price for each channel (in + out): many channels, and against
         mixed kernels, whose price hardly grows with L, few branches. The rest as written. From
         where on is in `RULES`, for CPUs; on a GPU all is evaluated as written.
@@ -181,7 +181,7 @@ class IntermediateBlock(nn.Module):
         sizes = [branch.kernel_size[0] for branch in self.branches]
         positions = math.ceil(x.shape[2] / self.stride) * math.ceil(x.shape[3] / self.stride)
         rule, kernels = rule_here(), sum(k * k for k in sizes) / max(sizes) ** 2
-        mixing = positions >= MIXING_POSITIONS and kernels >= rule.mixing
+        mixing = kernels >= rule.mixing * max(1, MIXING_POSITIONS / positions)
         threes = [l for l, k in enumerate(sizes) if k == 3 and self.stride == 1]
         rest = [l for l in everyone if l not in threes]
         c, out = x.shape[1], self.branches[0].out_channels

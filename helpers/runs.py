@@ -289,7 +289,7 @@ def pick_device(name: str) -> torch.device:
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The number type of a name; `"auto"` is bfloat16 where the device calculates with it, which
-    takes about half the time, else float32.
+    takes about two thirds of the time, else float32.
 
     Raises:
         ParameterError: bfloat16 on a processor that has no instructions for it, which would take

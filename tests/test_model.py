@@ -356,6 +356,8 @@ def parts_of(size, kernel_size, stride=1, channels=(128, 128), device="cpu"):
         (16, (3, 3, 3, 3), 1, [("grouped", [0, 1, 2, 3])]),
         (32, (3, 3), 2, [("grouped", [0, 1])]),  # 16×16 positions after the stride
         (8, (3, 3, 3, 3), 1, [("winograd", [0, 1, 2, 3])]),  # too few positions for mixing
+        (8, (3,) * 8, 1, [("grouped", list(range(8)))]),  # but not for so many branches
+        (4, (3,) * 8, 1, [("winograd", list(range(8)))]),
         (4, (3,), 1, [("winograd", [0])]),
         (8, (3, 3), 2, [("fused", [0, 1])]),
         (8, (5, 5), 1, [("fused", [0, 1])]),

@@ -21,7 +21,7 @@ from helpers.evaluation import PUBLISHED, mean_and_deviation
 # Percentages that no run of ours gave.
 CITED = {
     "88.51": "the published answer to the same sheet",
-    "95": "the level of an interval",
+    "95": "the level of an interval, and the sheet's highest mark",
 }
 PERCENTAGE = re.compile(r"(\d+\.\d+ ± \d+\.\d+|\d+(?:\.\d+)?) ?%")
 MINUTES = re.compile(r"(\d+\.\d+(?: ± \d+\.\d+)?) minutes")
@@ -34,7 +34,9 @@ def recorded() -> tuple[set[str], set[str]]:
     accuracies, minutes = set(), set()
     for run in map(runs.read, runs.names()):
         seeds = runs.seeds_of(run)
-        for name in ("test_accuracy", "test_accuracy_tta", "validation_accuracy"):
+        for name in (
+            "test_accuracy", "test_accuracy_tta", "validation_accuracy", "training_accuracy",
+        ):  # fmt: skip
             if run.metrics[name] is not None:
                 accuracies.add(f"{100 * run.metrics[name]:.2f}")
                 accuracies.add(mean_and_deviation(100 * seeds[name].astype(float), 2))
