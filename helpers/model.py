@@ -170,10 +170,10 @@ class IntermediateBlock(nn.Module):
         """Which branches are evaluated together for x, and in which form; decided by shapes alone.
 
         A mixed kernel is one convolution instead of L, but has to be made for each image, however
-        small its map: large maps, or many branches. Winograd's tiles save more than half of the multiplications of
-        3×3 kernels (in·out), at a price for each channel (in + out): many channels, and against
-        mixed kernels, whose price hardly grows with L, few branches. The rest as written. From
-        where on is in `RULES`, for CPUs; on a GPU all is evaluated as written.
+        small its map: large maps, or many branches. Winograd's tiles save more than half of the
+        multiplications of 3×3 kernels (in·out), at a price for each channel (in + out): many
+        channels, and against mixed kernels, whose price hardly grows with L, few branches. The rest
+        as written. From where on is in `RULES`, for CPUs; on a GPU all is evaluated as written.
         """
         everyone = list(range(len(self.branches)))
         if self.form != "auto" or x.device.type != "cpu":

@@ -335,9 +335,9 @@ def train(
 
     The seed decides the network's first weights, the order of the images and their augmentation;
     measuring draws no random number, so it does not change the training. A run that was stopped
-    is continued from its last checkpoint, about half a minute old at most, and gives on the same CPU with as
-    many threads the same bits as one that was not. Another machine or number of threads sums in
-    another order: the draws are the same, the numbers differ by rounding.
+    is continued from its last checkpoint, about half a minute old at most, and gives on the same
+    CPU with as many threads the same bits as one that was not. Another machine or number of threads
+    sums in another order: the draws are the same, the numbers differ by rounding.
 
     Args:
         report: called with a line of text for each epoch, and if something is unusual.
