@@ -63,11 +63,12 @@ LADDER: dict[str, dict[str, Any]] = {
         "branches": 3, "kernel_size": 3, "strides": [1, 2, 1, 2, 1, 2], "gate": "linear",
         "stem_filters": 0, "pool_after": [], "normalise": False, "activation": "none",
         "first_sizes": [], "epochs": 2, "label_smoothing": 0.0, "translate": 0, "flip": False,
+        "learning_rate": 0.007, "adam_learning_rate": 0.0014,  # a linear a takes no more
     },
     "batch-norm": {"normalise": True},
     "activation": {"activation": "silu"},
     "pooling": {"strides": 1, "pool_after": [1, 3, 5]},
-    "softmax": {"gate": "softmax"},
+    "softmax": {"gate": "softmax", "learning_rate": 0.07, "adam_learning_rate": 0.014},
     "stem": {"stem_filters": 24},
     "mirror-and-shift": {"flip": True, "translate": 2},
     "label-smoothing": {"label_smoothing": 0.1},
