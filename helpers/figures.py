@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from typing import Any
@@ -424,10 +425,13 @@ def batch_losses(batches: pd.DataFrame) -> Figure:
     axes.plot(step, batches["loss"], color=TRAINING, alpha=0.35, linewidth=0.8, label="each batch")
     smooth = batches["loss"].rolling(20, min_periods=1).mean()
     axes.plot(step, smooth, color=TRAINING, linewidth=1.8, label="mean of the last 20")
-    for end in batches.groupby("epoch").size().cumsum()[:-1]:
+    ends = batches.groupby("epoch").size().cumsum()
+    apart = math.ceil(len(ends) / 12)  # epochs from one line to the next, so that they can be told
+    for end in ends.iloc[apart - 1 : -1 : apart]:
         axes.axvline(end + 0.5, color=REFERENCE, linewidth=0.6, linestyle=":")
+    dotted = "ends of epochs" if apart == 1 else f"every {apart} epochs"
     axes.set(
-        xlabel=f"training batch (n = {len(batches):,}; dotted: ends of epochs)",
+        xlabel=f"training batch (n = {len(batches):,}; dotted: {dotted})",
         ylabel="cross-entropy, smoothed labels",
         xlim=(0, len(batches) + 1),
     )
@@ -456,7 +460,7 @@ def accuracy_by_cost(compared: pd.DataFrame, published: tuple[float, float, floa
         compared: `runs.by_cost()`; bars are standard deviations over seeds.
         published: accuracy, minutes and multiply-adds of the answer to compare with.
     """
-    drawn, panels = plt.subplots(1, 2, figsize=(1.6 * WIDTH, 4.2), sharey=True)
+    drawn, panels = plt.subplots(1, 2, figsize=(1.6 * WIDTH, 4.8), sharey=True)
     for axes, column, other in zip(panels, ("minutes", "work"), published[1:]):
         for (kind, own), colour in zip(compared.groupby("kind"), (TEST, TRAINING, *COLOURS[2:])):
             axes.errorbar(
@@ -476,7 +480,8 @@ def accuracy_by_cost(compared: pd.DataFrame, published: tuple[float, float, floa
     panels[0].xaxis.set_major_formatter("{x:g}")
     panels[0].xaxis.set_minor_formatter(NullFormatter())
     panels[1].set_xlabel("multiply-adds of the training")
-    panels[1].legend(loc="center right", fontsize=DIAGRAM_TEXT)
+    legend = panels[1].get_legend_handles_labels()
+    drawn.legend(*legend, loc="outside lower center", ncols=2, fontsize=DIAGRAM_TEXT)
     for axes in panels:
         _large(axes)
     return drawn
