@@ -124,8 +124,9 @@ def make_report(preset: str, seed: int) -> Path:
 def execute(name: str, target: Path, parameters: dict) -> tuple[NotebookNode, float]:
     """Execute notebook `name` as JupyterLab would, in its own folder, into the file `target`.
 
-    Of `parameters` it is given those that it declares. Its time is printed when it is done; the
-    lines of the training notebook are printed as they come.
+    Of `parameters` it is given those that it declares, and the training notebook, whose cell of
+    parameters is full, how often to measure the training images. Its time is printed when it is
+    done; the lines of the training notebook are printed as they come.
 
     Returns:
         the executed notebook, without absolute paths, and the seconds that it took.
@@ -134,7 +135,9 @@ def execute(name: str, target: Path, parameters: dict) -> tuple[NotebookNode, fl
         ReportError: it stopped; `target` holds what it had done.
     """
     source = NOTEBOOKS / f"{name}.ipynb"
-    declared = papermill.inspect_notebook(source)
+    declared = set(papermill.inspect_notebook(source))
+    if name == TRAINING:
+        declared.add("measure_training_every")
     started, failure = time.perf_counter(), None
     try:
         papermill.execute_notebook(
