@@ -53,7 +53,7 @@ def run_python() -> Callable[..., subprocess.CompletedProcess]:
             env=os.environ | {"PYTHONPATH": str(project)} | environment,
             capture_output=True,
             text=True,
-            timeout=900,
+            timeout=1800,
         )
 
     return run
