@@ -14,10 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import update_bn
 
 from helpers import evaluation
 from helpers.augment import Augmentation, shrink
-from helpers.data import ImageData, ImageSet, normalise, set_epoch, training_loader
+from helpers.data import (
+    ImageData,
+    ImageSet,
+    evaluation_loader,
+    normalise,
+    set_epoch,
+    training_loader,
+)
 from helpers.runs import (
     Record,
     Run,
@@ -30,6 +38,7 @@ from helpers.runs import (
 )
 
 SECONDS_BETWEEN_CHECKPOINTS = 30
+IMAGES_FOR_STATISTICS = 10_000  # of batch normalisation, after the last epoch
 
 
 class TrainingError(Exception):
@@ -376,6 +385,7 @@ def train_and_record(
             record.fail(str(error))
             raise
         if underway.epoch == settings.epochs:
+            row["seconds"] += settle_statistics(underway.network, training)
             round_to_half(underway.network)
         often = settings.measure_training_every
         clean = underway.epoch % often == 0 or underway.epoch == settings.epochs
@@ -449,6 +459,19 @@ def measure(
         else evaluation.accuracy(evaluation.predict(network, part, device), part.labels)
         for name, part in sets.items()
     }
+
+
+def settle_statistics(network: nn.Module, training: ImageSet) -> float:
+    """Estimate the means and variances of batch normalisation anew, from clean training images.
+
+    While training they follow the last few batches, whose images are shifted and partly covered;
+    the images to be classified are not. Returns the seconds it took, which are part of training.
+    """
+    begin, batch = time.perf_counter(), 500
+    whole = len(training) // batch * batch or len(training)  # all batches count alike
+    some = training.subset(torch.arange(min(whole, IMAGES_FOR_STATISTICS)))
+    update_bn(evaluation_loader(some, batch), network, training.images.device)
+    return time.perf_counter() - begin
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import data, evaluation, runs, training
+from helpers import data, evaluation, model, runs, training
 from helpers.runs import Settings
 
 SMALL = Settings(
@@ -101,6 +101,36 @@ def test_the_kept_weights_are_those_that_were_measured(tiny_images: data.ImageDa
         evaluation.predict(one, tiny_images.test) for one in (network, runs.load_network(run))
     )
     assert torch.equal(ours, loaded)
+
+
+def test_the_last_statistics_are_those_of_clean_whole_images(
+    tiny_images: data.ImageData,
+) -> None:
+    """Though the network learnt from covered ones, half their size but for the last epoch."""
+    settings = dataclasses.replace(SMALL, epochs=2, first_sizes=[16], cutout=12)
+    network, run = quiet(tiny_images, settings)
+    norm = network.between[0][1]
+    assert isinstance(norm, model.BatchNorm)
+    seen: list[torch.Tensor] = []
+    norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    evaluation.predict(network, tiny_images.train)
+    maps = torch.cat(seen)
+    torch.testing.assert_close(norm.running_mean, maps.mean(dim=(0, 2, 3)), atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(norm.running_var, maps.var(dim=(0, 2, 3)), atol=2e-3, rtol=2e-3)
+    assert norm.momentum == 0.4  # as before
+
+
+def test_no_batch_of_the_last_statistics_is_smaller_than_the_others(
+    tiny_images: data.ImageData,
+) -> None:
+    """All batches have the same weight, so that a ragged one would count for too much."""
+    index = torch.arange(501) % (len(tiny_images.train) - 1)
+    index[-1] = len(tiny_images.train) - 1
+    network = training.first_network(tiny_images.train, SMALL)
+    training.settle_statistics(network, tiny_images.train.subset(index))
+    left_out = network.between[0][1].running_mean.clone()
+    training.settle_statistics(network, tiny_images.train.subset(index[:-1]))
+    assert torch.equal(left_out, network.between[0][1].running_mean)
 
 
 def test_training_leaves_the_global_generator_alone(tiny_images: data.ImageData) -> None:
