@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from helpers.augment import mirror, shift
 from helpers.data import ImageSet, evaluation_loader
+from helpers.model import IntermediateBlock, stacked_kernels
 
 # What the published answer to the same sheet states: test accuracy (a fraction of one), minutes of
 # training on a GPU, and multiply-adds: 35 epochs of 50,000 images, 4.08e9 for each and direction.
@@ -251,14 +252,13 @@ def driving(a: Tensor, count: int) -> Tensor:
     return a.topk(count, dim=0).indices.t()
 
 
-def kernel_similarity(block: nn.Module) -> Tensor:
-    """The mean cosine between the kernels of any two branches with kernels of one size, each bank
-    out×in×k×k taken as one vector; NaN where there are no two such branches."""
-    banks = [branch.weight.detach().flatten() for branch in block.branches]
+def kernel_similarity(block: IntermediateBlock) -> Tensor:
+    """The mean cosine between the kernels of any two branches, each bank out×in×k×k taken as one
+    vector, smaller kernels with zeros around them; NaN where L = 1."""
+    banks = stacked_kernels(block.branches).detach().flatten(1)
     cosines = [
         torch.cosine_similarity(one, other, dim=0)
         for one, other in itertools.combinations(banks, 2)
-        if one.shape == other.shape
     ]
     return torch.stack(cosines).mean() if cosines else torch.tensor(float("nan"))
 

@@ -13,8 +13,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, FancyBboxPatch, Patch, Polygon
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
@@ -178,6 +180,7 @@ def pairs(first: Tensor, second: Tensor, titles: Sequence[str]) -> Figure:
 # ---- 02 model definition
 
 BLOCK, GATE, STEM, OUTPUT, BETWEEN = COLOURS[9], COLOURS[4], COLOURS[2], COLOURS[1], COLOURS[7]
+AROUND = COLOURS[3]  # the way around a block
 DIAGRAM_TEXT = 14  # points in a figure 16 cm wide, so that 7 are left in a column of 8 cm
 LAYER_WIDTH, LAYERS_LEFT = 1.5, 2.2  # of the diagram of the network, in half inches
 AXIS, DEPTH = 3.4, 7  # height of the slabs' middle, and a slab's height over its depth
@@ -262,7 +265,8 @@ def block_diagram() -> Figure:
 def network_diagram(network: BlockNetwork, image_size: int = 32) -> Figure:
     """Every layer's output as a slab: height for the map's size, thickness for the channels.
 
-    What stands between two blocks is the thin slab at the first one's right.
+    What stands between two blocks is the thin slab at the first one's right; an arrow around both
+    is the way of a block's input that is added there.
     """
     outputs = layer_table(network, image_size)["output"]
     shapes = {name: [int(n) for n in text.split("×")] for name, text in outputs.items()}
@@ -275,15 +279,28 @@ def network_diagram(network: BlockNetwork, image_size: int = 32) -> Figure:
     for number, name in enumerate(names):
         middle = LAYERS_LEFT + LAYER_WIDTH * (number + 0.5)
         _layer(axes, middle, name, layers[name], layers.get(f"after {name}"), scale)
+    for k, between in enumerate(network.between, start=1):
+        if between.residual:
+            middle = LAYERS_LEFT + LAYER_WIDTH * (names.index(f"B{k}") + 0.5)
+            _around(axes, middle, layers[f"B{k}"][1] * scale[1])
     pooled = "after pooling" if any(name.startswith("after") for name in layers) else ""
     for y, text in zip((1.55, 0.95, 0.35), ("channels", "map", pooled)):
         _write(axes, (0.1, y), text, ha="left", color="dimgray")
     kinds = {"block": BLOCK, "what follows it": BETWEEN} if pooled else {"block": BLOCK}
-    keys = [
+    keys: list[Artist] = [
         Patch(facecolor=colour, edgecolor="black", label=kind) for kind, colour in kinds.items()
     ]
-    axes.legend(handles=keys, loc="upper center", ncols=2, fontsize=DIAGRAM_TEXT, handlelength=1)
+    if any(between.residual for between in network.between):
+        keys.append(Line2D([], [], color=AROUND, label="block's input, added"))
+    axes.legend(handles=keys, loc="upper center", ncols=3, fontsize=DIAGRAM_TEXT, handlelength=1)
     return drawn
+
+
+def _around(axes: Axes, middle: float, height: float) -> None:
+    """The way of a block's input around it and what follows it, whose slabs are so high."""
+    left, right = middle - 0.47 * LAYER_WIDTH, middle + 0.47 * LAYER_WIDTH
+    above = AXIS + height * (1 + 1 / DEPTH) / 2 + 0.3
+    _arrow(axes, (left, AXIS), (left, above), (right, above), (right, AXIS), color=AROUND)
 
 
 def _layer(

@@ -2,7 +2,7 @@
 
     python -m helpers.handin
 
-The notebook is put together from the four notebooks and from the modules that they call, which its
+The notebook is put together from the five notebooks and from the modules that they call, which its
 first cells write beside it; it needs nothing else of the project and runs on Google Colab as it is.
 Its parameters and outputs are those of the best network: the first two notebooks are executed for
 it, the outputs of the training come from the record, those of the analysis are the stored ones. The
@@ -37,10 +37,10 @@ INTRODUCTION = """# CIFAR-10 with input-weighted convolution blocks
 
 {result}
 
-This is the whole report in one notebook: the modules of its code first, then four chapters: the
-data, the model, the training, and what came of it. It needs no file beside it. On Google Colab
-choose a runtime with a GPU, and run all cells: CIFAR-10 is downloaded, and everything that the
-notebook imports is there already. The outputs are those of the run named above."""
+This is the whole report in one notebook: the modules of its code first, then five chapters: the
+data, the model, the training, what came of it, and the weights *a*. It needs no file beside it. On
+Google Colab choose a runtime with a GPU, and run all cells: CIFAR-10 is downloaded, and everything
+that the notebook imports is there already. The outputs are those of the run named above."""
 CODE = """## The code
 
 Each of the following cells writes a module into the folder `helpers/`, in the order in which they
@@ -56,7 +56,7 @@ class HandinError(Exception):
 
 
 def make_chapters(run: runs.Run) -> list[NotebookNode]:
-    """The four notebooks with the outputs that belong to a run.
+    """The five notebooks with the outputs that belong to a run.
 
     Raises:
         HandinError: the record holds no executed notebook.

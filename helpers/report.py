@@ -1,4 +1,4 @@
-"""The report: the four notebooks in order through papermill, and their pages for a browser.
+"""The report: the five notebooks in order through papermill, and their pages for a browser.
 
     python -m helpers.report --preset quick --seed 0
     python -m helpers.report --publish --only 01 02
@@ -36,9 +36,12 @@ from helpers.explorer import write_explorer
 
 NOTEBOOKS = data.ROOT / "notebooks"
 REPORT = data.ROOT / "report"
-SEQUENCE = ("01_data_exploration", "02_model_definition", "03_training", "04_analysis")
+SEQUENCE = (
+    "01_data_exploration", "02_model_definition", "03_training", "04_analysis", "05_weights",
+)  # fmt: skip
 TRAINING = "03_training"
-BEST = "full"  # the preset whose run of seed 0 is the result: analysed in 04, its weights kept
+# The preset whose run of seed 0 is the result: 04 and 05 analyse it, its weights are kept.
+BEST = "full"
 
 
 class ReportError(Exception):
@@ -84,7 +87,7 @@ def read_preset(name: str) -> dict:
 
 
 def make_report(preset: str, seed: int) -> Path:
-    """Execute the four notebooks with a preset and a seed, one run for all, and render them.
+    """Execute the five notebooks with a preset and a seed, one run for all, and render them.
 
     Returns:
         the page to begin with, `report/<preset>/index.html`.
@@ -179,8 +182,8 @@ def publish(numbers: list[str]) -> None:
     """Execute notebooks with their own parameters and store the outputs in `notebooks/`.
 
     Args:
-        numbers: the first two characters of the notebooks' names. What 04 analyses is the run of
-            `BEST` that is on record. With 04 comes the PDF of that run.
+        numbers: the first two characters of the notebooks' names. What 04 and 05 analyse is the run
+            of `BEST` that is on record. With 04 comes the PDF of that run.
 
     Raises:
         ReportError: a notebook stopped, the data are not CIFAR-10, or outputs hold what they
@@ -463,6 +466,7 @@ def pdf_content(run: runs.Run) -> dict:
         "gate": settings.gate,
         "stem": bool(settings.stem_filters),
         "flip": settings.flip,
+        "residual": bool(settings.residual),
         "layers": [
             [
                 row["layer"], row["what"], row["output"], f"{row['parameters']:,}",

@@ -465,7 +465,8 @@ def settle_statistics(network: nn.Module, training: ImageSet) -> float:
     """Estimate the means and variances of batch normalisation anew, from clean training images.
 
     While training they follow the last few batches, whose images are shifted and partly covered;
-    the images to be classified are not. Returns the seconds it took, which are part of training.
+    the images to be classified are not (Wu and Johnson, arXiv 2105.07576). Returns the seconds it
+    took, which are part of training.
     """
     begin, batch = time.perf_counter(), 500
     whole = len(training) // batch * batch or len(training)  # all batches count alike

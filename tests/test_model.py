@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.text import Annotation
 from torch import nn
 
 from helpers import figures, model
@@ -698,13 +699,16 @@ def test_layer_table_leaves_the_network_as_it_was():
         {"widths": [8, 16, 24], "stem_filters": 12, "pool_after": [1, 2]},
         {"widths": [32, 8, 64, 16], "strides": [2, 1, 1, 2], "pool_after": [4]},
         {"widths": [8, 8], "normalise": False, "activation": "none"},
+        {"widths": [8, 8, 8], "residual": [2, 3]},
     ],
     ids=str,
 )
-def test_network_diagram_states_every_shape(arguments):
+def test_network_diagram_states_every_shape_and_every_way_around(arguments):
     network = BlockNetwork(**arguments)
     (axes,) = figures.network_diagram(network).axes
     written = [text.get_text() for text in axes.texts]
+    arrows = [text for text in axes.texts if isinstance(text, Annotation)]
+    assert len(arrows) == 1 + len(arguments.get("residual", []))  # the axis is one, too
     table = layer_table(network)
     assert not plt.get_fignums()
     for name, output in table["output"].items():

@@ -104,7 +104,7 @@ def stated(notebook: nbformat.NotebookNode) -> list[str]:
     return ["".join(text for o in c.outputs for text in report.texts(o)) for c in cells]
 
 
-@pytest.mark.parametrize("name", ["01_data_exploration", "04_analysis"])
+@pytest.mark.parametrize("name", ["01_data_exploration", "04_analysis", "05_weights"])
 def test_a_fresh_run_gives_the_stored_outputs(
     name: str,
     copy_project: Callable[[], Path],

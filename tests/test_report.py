@@ -23,7 +23,7 @@ def notebook_of(*cells: str, parameters: str = "seed = 0") -> nbformat.NotebookN
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project with four small notebooks and one preset, in which the report works."""
+    """A project with five small notebooks and one preset, in which the report works."""
     notebooks = tmp_path / "notebooks"
     (notebooks / "parameters").mkdir(parents=True)
     (notebooks / "parameters" / "small.yaml").write_text("preset: small\nepochs: 4\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -189,10 +190,13 @@ def test_the_interval_holds_the_truth_19_times_in_20() -> None:
 def test_similarity_of_kernels_and_the_branch_that_leads() -> None:
     network = BlockNetwork([4, 4], branches=3, kernel_size=[3, 3, 1])
     first, second = network.blocks
-    first.branches[1].weight.data = 2 * first.branches[0].weight.data
-    assert float(evaluation.kernel_similarity(first)) == pytest.approx(1)  # 1×1 is not compared
-    second.branches[1].weight.data = -second.branches[0].weight.data
-    assert float(evaluation.kernel_similarity(second)) == pytest.approx(-1)
+    for block, factor in ((first, 2), (second, -1)):
+        large, again, small = (branch.weight.data for branch in block.branches)
+        large[:] = torch.eye(3)  # norm √3 a kernel, and 1 in the middle
+        again[:], small[:] = factor * large, 1.0
+        to_large, to_small = math.copysign(1, factor), 1 / math.sqrt(3)
+        expected = (to_large + to_small + math.copysign(to_small, factor)) / 3
+        assert float(evaluation.kernel_similarity(block)) == pytest.approx(expected)
     assert evaluation.kernel_similarity(BlockNetwork([4], branches=1).blocks[0]).isnan()
     a = torch.tensor([[0.5, 0.3, 0.2], [0.1, -0.8, 0.1], [0.2, 0.5, 0.3], [0.6, 0.2, 0.2]])
     assert evaluation.leading_shares(a).tolist() == [0.5, 0.5, 0.0]
