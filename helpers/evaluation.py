@@ -279,9 +279,13 @@ def explained_by_colour(a: Tensor, images: Tensor) -> float:
     """The share of the variance of a block's a, N×L, that a linear function of the mean and the
     standard deviation of red, green and blue explains, on images that it was not fitted to.
 
+    Not defined (NaN) for an a that is the same for all images.
+
     Args:
         images: uint8 N×3×h×w.
     """
+    if float(a.std(dim=0).max()) < 1e-6:
+        return math.nan
     pixels = images.cpu().flatten(2).float()
     colour = torch.cat([pixels.mean(dim=2), pixels.std(dim=2)], dim=1)
     model = make_pipeline(StandardScaler(), LinearRegression())

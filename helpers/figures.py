@@ -725,7 +725,8 @@ def gates_by_class(
         kernels: of each block, what to call its branches.
     """
     differences = [(a - a.mean(dim=0)).numpy() for a in means]
-    limit = max(np.abs(d).max() for d in differences) or 1.0
+    limit = max(np.abs(d).max() for d in differences)
+    limit = limit if limit > 1e-6 else 1.0  # rounding is no difference
     widths = [d.shape[1] for d in differences]
     drawn, axes = plt.subplots(
         1, len(means), figsize=(WIDTH + 0.8, 3.9), sharey=True, width_ratios=widths, squeeze=False

@@ -396,6 +396,7 @@ class Record:
         self.interruptions, self.over = 0, False
         config = dataclasses.asdict(settings) | {
             "run": self.name, "dataset": images.name, "version": VERSION,
+            "statistics": "clean images",  # see `training.settle_statistics`; older runs lack it
         }  # fmt: skip
         self.config = json.loads(json.dumps(config))  # as it reads back: with lists for tuples
 

@@ -180,3 +180,4 @@ def test_colour_explains_what_is_made_of_it(tiny_images: data.ImageData) -> None
     assert evaluation.explained_by_colour(made, images) == pytest.approx(1, abs=0.01)
     noise = torch.randn(len(images), 2, generator=torch.Generator().manual_seed(1))
     assert evaluation.explained_by_colour(noise, images) < 0.1
+    assert math.isnan(evaluation.explained_by_colour(torch.full_like(noise, 0.5), images))
