@@ -483,6 +483,7 @@ def pdf_content(run: runs.Run) -> dict:
             )
             if run.config[name]
         ],
+        "clean_statistics": run.config.get("statistics") == "clean images",
         "half": run.metrics["hardware"].get("precision") == "bfloat16",
         "seeds": [
             [
