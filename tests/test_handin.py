@@ -87,7 +87,7 @@ def test_the_story_is_whole_and_told_once(notebook: nbformat.NotebookNode) -> No
     assert re.findall(r"^# (.*)", "\n".join(s for s in sources if s.startswith("# ")), re.M) == [
         "CIFAR-10 with input-weighted convolution blocks",
         *("Chapter 1 · Data exploration", "Chapter 2 · Model definition"),
-        *("Chapter 3 · Training", "Chapter 4 · Analysis"),
+        *("Chapter 3 · Training", "Chapter 4 · Analysis", "Chapter 5 · The weights *a*"),
     ]
     assert sum("parameters" in cell.metadata.get("tags", []) for cell in notebook.cells) == 1
     for said_once in ("settings = runs.check_parameters(", "images = data.load_data()"):
