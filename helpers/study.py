@@ -57,8 +57,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "which kernels": {"kernels-1-3": {"kernel_size": [3, 3, 1, 1]}},
 }
 # From the sheet's basic network to that of the preset full: a change a step. The next steps keep
-# it, whether it helped at this length of training or not, but for those in `NOT_KEPT`: deeper
-# costs more than it gives (run nine-blocks-seed0), and the sheet wants a computed a.
+# it, whether it helped at this length of training or not, but for those in `NOT_KEPT`: nine blocks
+# take a third more time (choice-95-nine), and the sheet wants a computed a.
 LADDER: dict[str, dict[str, Any]] = {
     "basic": {
         "branches": 3, "kernel_size": 3, "strides": [1, 2, 1, 2, 1, 2], "gate": "linear",
