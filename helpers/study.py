@@ -35,13 +35,14 @@ BASE = "softmax"
 ACCURACIES = ("accuracy", "accuracy_shuffled", "accuracy_mean")
 
 # What is asked, and for each answer the parameters in which it differs from the preset `study`:
-# four branches with 3×3 kernels in every block, weighted by a softmax.
+# four branches with 3×3 kernels in every block, weighted by a softmax. A linear a has rates of its
+# own, as in the ladder: at those of the others it ends at guessing (`linear-at-full-rate-seed*`).
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "which a": {
         "softmax": {},
         "annealed": {"temperature": 30.0},
         "sigmoid": {"gate": "sigmoid"},
-        "linear": {"gate": "linear"},
+        "linear": {"gate": "linear", "learning_rate": 0.007, "adam_learning_rate": 0.0014},
         "constant": {"gate": "constant"},
         "uniform": {"gate": "uniform"},
     },
