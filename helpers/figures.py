@@ -692,7 +692,7 @@ def differences(compared: pd.DataFrame, base: str) -> Figure:
     axes.axvline(0, color=REFERENCE, linestyle="--", linewidth=1)
     axes.set_yticks(range(len(rows)), rows.index)
     axes.invert_yaxis()
-    axes.set_xlabel(f"validation accuracy minus that of {base}, points, 95% interval")
+    axes.set_xlabel(f"points of accuracy more than {base}, 95% interval")
     axes.grid(axis="x", alpha=0.4)
     return drawn
 
