@@ -385,9 +385,9 @@ def train_and_record(
             record.fail(str(error))
             raise
         if underway.epoch == settings.epochs:
-            images = row["images_per_second"] * row["seconds"]
+            before = row["seconds"]
             row["seconds"] += settle_statistics(underway.network, training)
-            row["images_per_second"] = images / row["seconds"]
+            row["images_per_second"] *= before / row["seconds"]
             round_to_half(underway.network)
         often = settings.measure_training_every
         clean = underway.epoch % often == 0 or underway.epoch == settings.epochs

@@ -14,7 +14,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from helpers import data, figures, report, runs
+from helpers import data, figures, report, runs, study
 from helpers.data import ROOT
 from helpers.evaluation import PUBLISHED, mean_and_deviation
 
@@ -61,6 +61,20 @@ def test_a_number_without_a_record_fails(name: str) -> None:
         assert stated in accuracies | set(CITED), f"{name}: no record gives {stated} %"
     for stated in MINUTES.findall(text):
         assert stated in minutes, f"{name}: no record gives {stated} minutes"
+
+
+def test_the_readme_states_the_study() -> None:
+    """The differences that it names, and the half width that all intervals share."""
+    compared, text = study.compare(study.table()), prose(ROOT / "README.md")
+    named = ("constant", "uniform", "one", "one-same-arithmetic")
+    differences = [f"{100 * compared.loc[name, 'difference']:+.2f}" for name in named]
+    assert re.findall(r"[+−]\d\.\d\d", text) == [
+        difference.replace("-", "−") for difference in differences
+    ]
+    half = 100 * (compared["high"] - compared["difference"]).max()
+    assert f"±{half:.2f} (95 % intervals)" in text
+    undecided = compared.loc[list(named), "undecided"].tolist()
+    assert undecided == [True, True, True, False], "which of them chance could explain"
 
 
 def text_outputs(name: str) -> list[str]:
