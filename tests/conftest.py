@@ -27,7 +27,8 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 @pytest.fixture(scope="session")
 def copy_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
-    """Makes a fresh copy of what a report needs: helpers, notebooks and presets, no runs."""
+    """Makes a fresh copy of what a report needs: helpers, notebooks, presets and the study's
+    records, which notebook 05 shows; no other runs."""
 
     def copy() -> Path:
         folder = tmp_path_factory.mktemp("project")
@@ -35,6 +36,8 @@ def copy_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]
         for part in ("helpers", "notebooks"):
             shutil.copytree(data.ROOT / part, folder / part, ignore=unwanted)
         (folder / "notebooks" / "runs").mkdir()
+        for record in (data.ROOT / "notebooks" / "runs").glob("study-*"):
+            shutil.copytree(record, folder / "notebooks" / "runs" / record.name)
         return folder
 
     return copy
