@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
 from helpers import data, evaluation, report, runs, study, training
@@ -44,6 +45,7 @@ def tiny_study(
     monkeypatch.setattr(data, "load_data", lambda: tiny_images)
     monkeypatch.setattr(study, "announce", lambda todo: None)
     monkeypatch.setattr(study, "SEEDS", (0, 1))
+    monkeypatch.setattr(study, "MORE_SEEDS", ())
     variants = {"which a": {"softmax": {}, "uniform": {"gate": "uniform"}}}
     monkeypatch.setattr(study, "VARIANTS", variants)
     ladder = {"low": {"gate": "linear"}, "aside": {"flip": False}, "high": {"widths": [8, 8]}}
@@ -177,6 +179,58 @@ def test_two_variants_are_compared_as_the_paired_t_test_does() -> None:
     assert row["difference"] == pytest.approx(np.mean(accuracies[1] - accuracies[0]))
 
 
+def test_all_seeds_of_all_variants_are_compared_as_the_analysis_of_variance_does() -> None:
+    """By the books' sums of squares, which hold where no run is missing."""
+    accuracies = np.random.default_rng(2).normal(size=(4, 3)) + np.arange(3)
+    rest = accuracies - accuracies.mean(1, keepdims=True) - accuracies.mean(0) + accuracies.mean()
+    half = student.ppf(0.975, 6) * math.sqrt((rest**2).sum() / 6 * 2 / 3)
+    compared = study.compare(results_of(accuracies))
+    assert compared["mean"].tolist() == pytest.approx(accuracies.mean(axis=1).tolist())
+    others = compared.drop(index=study.BASE)
+    assert (others["high"] - others["difference"]).tolist() == pytest.approx([half] * 3)
+    assert compared.loc[study.BASE, ["difference", "low", "high"]].tolist() == [0, 0, 0]
+
+
+def test_runs_that_are_missing_widen_the_interval_of_their_variant_alone() -> None:
+    """Of three variants, two have seeds 0 to 4, the last only 0 and 1, which were easy ones."""
+    easy = np.array([3.0, 3.0, 0.0, 0.0, 0.0])
+    accuracies = np.random.default_rng(3).normal(size=(3, 5), scale=0.1) + easy
+    results = results_of(accuracies)
+    results = results[(results["variant"] != "variant 2") | (results["seed"] < 2)]
+    compared = study.compare(results)
+    paired = np.mean(accuracies[1] - accuracies[0])  # both have all five
+    assert compared.loc["variant 1", "difference"] == pytest.approx(paired)
+    assert abs(compared.loc["variant 2", "difference"]) < 0.5  # not 1.8, as means would say
+    half = compared["high"] - compared["difference"]
+    assert half["variant 2"] > half["variant 1"] > 0
+
+
+def test_only_the_first_question_has_more_seeds() -> None:
+    assert set(study.FIRST_QUESTION) <= study.variants().keys() - {study.BASE}
+    numbers = {variant: len(study.seeds_of(variant)) for variant in study.variants()}
+    assert {variant for variant, n in numbers.items() if n == 8} == {
+        study.BASE, *study.FIRST_QUESTION,
+    }  # fmt: skip
+    assert set(numbers.values()) == {3, 8}
+    assert len([name for name in study.planned() if name.startswith("study")]) == 12 * 3 + 4 * 5
+
+
+def test_the_first_question_is_answered_by_added_seeds_alone_and_by_all() -> None:
+    accuracies = np.random.default_rng(4).normal(size=(4, 8))
+    results = results_of(accuracies)
+    names = dict(zip(results["variant"].unique(), (study.BASE, *study.FIRST_QUESTION), strict=True))
+    results["variant"] = results["variant"].map(names)
+    other = results[results["variant"] == "one"].assign(variant="not asked", accuracy=9.0)
+    said = study.seed_by_seed(pd.concat([results, other]))["points more than softmax"]
+    for rows, seeds in (
+        ("first seeds, 3", slice(3)),
+        ("added seeds, 5", slice(3, 8)),
+        ("all of them, 8", slice(8)),
+    ):
+        paired = 100 * (accuracies[1:] - accuracies[0])[:, seeds].mean(axis=1)
+        assert [float(text) for text in said[rows]] == pytest.approx(paired.tolist(), abs=0.006)
+
+
 def test_the_interval_holds_the_truth_19_times_in_20() -> None:
     """Whatever a seed does to all variants alike; here the first two variants are truly alike."""
     chance, held = np.random.default_rng(1), 0
@@ -203,7 +257,7 @@ def test_similarity_of_kernels_and_the_branch_that_leads() -> None:
     assert evaluation.driving(a, 2)[:2].tolist() == [[3, 0], [2, 0]]
 
 
-def test_verdicts_say_what_the_intervals_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verdicts_say_what_the_intervals_say() -> None:
     compared = pd.DataFrame(
         {
             "mean": [0.8, 0.81, 0.79, 0.8],
@@ -214,10 +268,9 @@ def test_verdicts_say_what_the_intervals_say(monkeypatch: pytest.MonkeyPatch) ->
         },
         index=["softmax", "up", "down", "level"],
     )
-    asked = {"first": {"softmax": {}, "up": {}}, "second": {"down": {}, "level": {}}}
-    monkeypatch.setattr(study, "VARIANTS", asked)
-    assert study.verdicts(compared, "first")["verdict"].to_dict() == {"up": "better"}
-    second = study.verdicts(compared, "second")
+    first = study.verdicts(compared, ["softmax", "up"])
+    assert first["verdict"].to_dict() == {"up": "better"}
+    second = study.verdicts(compared, ["down", "level"])
     assert second["verdict"].to_dict() == {"down": "worse", "level": "cannot be told apart"}
     assert second.loc["down"].tolist()[:3] == ["79.00%", "-1.00", "-2.00 to -0.10"]
     assert study.summary(compared) == (
