@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
 from helpers import data, model, report, runs
 
@@ -130,6 +134,33 @@ def test_execute_gives_declared_parameters_and_stores_no_path(
     assert str(project) not in target.read_text()
     assert seconds > 0
     assert "a line" in capfd.readouterr().out  # of the training notebook, live
+
+
+def test_pictures_in_outputs_are_made_small_and_look_the_same() -> None:
+    """A plot in few colours to the number, a photograph nearly; no other output is touched."""
+    row = np.linspace(0, 255, 300).astype(np.uint8)
+    photograph = np.stack(np.broadcast_arrays(row[:, None], row, row[::-1]), axis=-1)
+    grain = np.random.default_rng(0).integers(8, size=photograph.shape, dtype=np.uint8)
+    photograph = photograph ^ grain
+    plot = np.full((300, 300, 3), 255, dtype=np.uint8)
+    plot[100:120, :, 0] = 30
+    notebook = notebook_of("1")
+    notebook.cells[1].outputs = [output("text")]
+    for pixels in (photograph, plot):
+        stored = io.BytesIO()
+        Image.fromarray(pixels).save(stored, "PNG")
+        encoded = {"image/png": base64.b64encode(stored.getvalue()).decode()}
+        notebook.cells[1].outputs.append(new_output("display_data", data=encoded))
+    sizes = [len(o.data["image/png"]) for o in notebook.cells[1].outputs[1:]]
+    text, *shown = report.with_small_pictures(notebook).cells[1].outputs
+    assert text == output("text")
+    again = [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(o.data["image/png"]))).convert("RGB"))
+        for o in shown
+    ]
+    assert (again[1] == plot).all()
+    assert np.abs(again[0].astype(int) - photograph).mean() < 10
+    assert len(shown[0].data["image/png"]) < sizes[0] / 2
 
 
 # ---- stored outputs
