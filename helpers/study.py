@@ -65,7 +65,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 # From the sheet's basic network to that of the preset full: a change a step. The next steps keep
 # it, whether it helped at this length of training or not, but for those in `NOT_KEPT`: nine blocks
-# take a third more time (choice-95-nine), and the sheet wants a computed a.
+# take a third more arithmetic (choice-95-nine), and the sheet wants a computed a.
 LADDER: dict[str, dict[str, Any]] = {
     "basic": {
         "branches": 3, "kernel_size": 3, "strides": [1, 2, 1, 2, 1, 2], "gate": "linear",

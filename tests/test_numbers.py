@@ -77,6 +77,34 @@ def test_the_readme_states_the_study() -> None:
     assert undecided == [True, True, True, False], "which of them chance could explain"
 
 
+def plain_convolutions(instructions: str, precision: str) -> pd.Series:
+    """Milliseconds of one plain convolution for each shape that was measured."""
+    blocks = runs.benchmark("blocks", runs.BENCHMARKS / instructions)
+    blocks = blocks[(blocks["form"] == "auto") & (blocks["precision"] == precision)]
+    return blocks.set_index(["in", "out", "map", "kernels"])["plain"]
+
+
+def test_the_readmes_ratios_are_those_of_the_records() -> None:
+    def seconds(run: str) -> float:
+        return runs.read(run).metrics["train_seconds"]
+
+    slower = plain_convolutions("AVX2", "float32") / plain_convolutions("AVX512", "bfloat16")
+    nine, six = (runs.training_work(runs.read(f"choice-95-{name}")) for name in ("nine", "base"))
+    small_first = seconds("choice-small-first") / seconds("choice-whole")
+    stated = {
+        "take five to nine times as long": [(slower.min(), 5), (slower.max(), 9)],
+        "after 1.4 times as long": [
+            (10 * seconds("nine-blocks-seed0") / seconds("full-seed0"), 14)
+        ],
+        "at a third more arithmetic": [(3 * nine / six, 4)],
+        "take an eighth less time": [(8 * small_first, 7)],
+    }
+    text = " ".join(prose(ROOT / "README.md").split())
+    for words, numbers in stated.items():
+        assert words in text
+        assert all(round(ratio) == said for ratio, said in numbers), words
+
+
 def text_outputs(name: str) -> list[str]:
     """What the cells of a stored notebook have put out, as text."""
     cells = nbformat.read(ROOT / name, as_version=4).cells
