@@ -402,8 +402,8 @@ def cost_by_branches(blocks: pd.DataFrame, steps: pd.DataFrame) -> Figure:
         axes.legend(fontsize=DIAGRAM_TEXT)
         axes.set_xlabel("branches L (dashed: as written)")
         _large(axes)
-    left.set(title="a block, there and back, over a convolution", ylabel="time as a multiple of it")
-    right.set_title("a training step, over that of L = 1")
+    left.set(title="a block, over one plain convolution", ylabel="time, as a ratio")
+    right.set_title("a training step, over that with L = 1")
     _large(left)
     return drawn
 
@@ -648,16 +648,17 @@ def robustness(table: pd.DataFrame) -> Figure:
 
 @figure
 def occlusions(images: Tensor, losses: Sequence[Tensor], titles: Sequence[str]) -> Figure:
-    """Images, uint8 n×3×h×w, above what covering each place costs the answer's probability."""
-    n, most = len(images), max(float(loss.abs().max()) for loss in losses)
-    drawn, panels = plt.subplots(2, n, figsize=(1.3 * WIDTH, 3.1), squeeze=False)
-    for column, (image, loss, title) in enumerate(zip(images, losses, titles)):
-        _picture(panels[0, column], image)
-        panels[0, column].set_title(title, fontsize=9)
-        shown = panels[1, column].imshow(loss, cmap="RdBu_r", vmin=-most, vmax=most)
-        panels[1, column].set(xticks=[], yticks=[])
-        panels[1, column].spines[:].set_visible(False)
-    drawn.colorbar(shown, ax=panels[1, :], label="probability lost", fraction=0.05)
+    """Images, uint8 n×3×h×w, above what covering each place costs the answer's probability, each
+    map on a scale of its own, which ends at its largest change either way."""
+    drawn, panels = plt.subplots(2, len(images), figsize=(1.3 * WIDTH, 3.1), squeeze=False)
+    for (upper, lower), image, loss, title in zip(panels.T, images, losses, titles):
+        _picture(upper, image)
+        upper.set_title(title, fontsize=9)
+        most = float(loss.abs().max())
+        lower.imshow(loss, cmap="RdBu_r", vmin=-most, vmax=most)
+        lower.set(xticks=[], yticks=[])
+        lower.set_xlabel(f"up to {100 * most:.0f} points", fontsize=9)
+        lower.spines[:].set_visible(False)
     return drawn
 
 

@@ -167,7 +167,8 @@ class IntermediateBlock(nn.Module):
         return reduce(torch.add, terms)
 
     def parts(self, x: Tensor) -> list[tuple[str, list[int]]]:
-        """Which branches are evaluated together for x, and in which form; decided by shapes alone.
+        """Which branches are evaluated together for x, and in which form; decided by shapes and by
+        what the CPU calculates with.
 
         A mixed kernel is one convolution instead of L, but has to be made for each image, however
         small its map: large maps, or many branches. Winograd's tiles save more than half of the

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import papermill
 import typst
 import yaml
@@ -470,15 +471,14 @@ def pdf_content(run: runs.Run) -> dict:
         f"{mean_and_deviation(minutes, 1)} minutes of training on {runs.machine_of(run)}; "
         f"n = {spread}, last epoch, no test-time augmentation."
     )
-    best = seeds.loc[seeds["test_accuracy"].idxmax()]
+    made = runs.by_cost(run.metrics["dataset"])
     layers = model.layer_table(settings.network()).reset_index()
     choices = runs.choices(run.metrics["dataset"])
     return {
         "stand_in": "" if run.metrics["dataset"] == "cifar10" else STAND_IN,
         "result": result,
         "seed": str(settings.seed),
-        "best": f"The best of the seeds reaches {best['test_accuracy']:.2%}, and "
-        f"{best['test_accuracy_tta']:.2%} with test-time augmentation (the mean of six views).",
+        "best": best_of(seeds) + not_chosen(accuracy.mean() / 100, made),
         "activation": settings.activation,
         "gate": settings.gate,
         "stem": bool(settings.stem_filters),
@@ -514,13 +514,34 @@ def pdf_content(run: runs.Run) -> dict:
                 row.run, str(row.n), f"{row.accuracy:.2%}", f"{row.minutes:.1f}",
                 f"{evaluation.PUBLISHED_WORK / row.work:,.0f}",
             ]
-            for row in runs.by_cost(run.metrics["dataset"]).sort_values("accuracy").itertuples()
+            for row in made.itertuples()
         ],
         "choices": [
             [row[0], f"{row[1]:,}", str(row[2]), *row[3:5], f"{row[5]:.2%}"]
             for row in choices.itertuples(index=False)
         ],
     }  # fmt: skip
+
+
+def best_of(seeds: pd.DataFrame) -> str:
+    """The sentence on the best accuracy, from `runs.seeds_of`."""
+    best = seeds.loc[seeds["test_accuracy"].idxmax()]
+    which = "The best of the seeds" if len(seeds) > 1 else "The one seed"
+    return (
+        f"{which} reaches {best['test_accuracy']:.2%}, and {best['test_accuracy_tta']:.2%} with "
+        "test-time augmentation (a weighted mean of six views)."
+    )
+
+
+def not_chosen(accuracy: float, made: pd.DataFrame) -> str:
+    """A sentence on trainings that ended higher than the result, if there are any."""
+    higher = made.loc[made["accuracy"] > accuracy, "run"]
+    if higher.empty:
+        return ""
+    return (
+        f" {', '.join(higher)}, in the history below, ended higher and was not made the result for "
+        "it, since the test set is to choose nothing."
+    )
 
 
 def in_short(value: object) -> str:

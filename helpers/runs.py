@@ -820,12 +820,12 @@ def by_cost(dataset: str = "cifar10") -> pd.DataFrame:
     Columns: `run` (without its seed), `n` seeds, mean test `accuracy` and its standard `deviation`
     (fractions of one), mean `minutes` of training, the `kind` of machine, and `work`, the
     multiply-adds of a whole training: those of each image forward, as the formula is written, and
-    as many again for each of the two gradients. Sorted by minutes. Runs on different kinds of
-    machine are rows of their own.
+    as many again for each of the two gradients. In the order in which the first seed was finished.
+    Runs on different kinds of machine are rows of their own.
     """
     columns = ["run", "n", "accuracy", "deviation", "minutes", "kind", "work"]
     rows, known, among = [], [], finished()
-    for run in among:
+    for run in sorted(among, key=lambda one: one.metrics["finished"]):
         config = run.config
         if config["dataset"] != dataset or config["validation"] or config["train_images"]:
             continue
@@ -837,7 +837,7 @@ def by_cost(dataset: str = "cifar10") -> pd.DataFrame:
         name = re.sub(r"-seed\d+(-\d+)?$", "", run.name)
         row = name, len(seeds), accuracy.mean(), accuracy.std(), minutes.mean(), kind_of(run)
         rows.append((*row, training_work(run)))
-    return pd.DataFrame(rows, columns=columns).sort_values("minutes", ignore_index=True)
+    return pd.DataFrame(rows, columns=columns)
 
 
 def choices(dataset: str = "cifar10") -> pd.DataFrame:

@@ -63,6 +63,20 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "which kernels": {"kernels-1-3": {"kernel_size": [3, 3, 1, 1]}},
 }
+WORDS = {
+    "softmax": "four branches under a computed softmax a",
+    "annealed": "the softmax annealed from a temperature of 30",
+    "sigmoid": "a sigmoid for the softmax",
+    "linear": "the sheet's linear a, at a tenth of the rates",
+    "constant": "a learned a that is the same for all images",
+    "uniform": "a = 1/L",
+    "one": "one branch",
+    "two": "two branches",
+    "eight": "eight branches",
+    "one-same-parameters": "one branch, wider by as many parameters",
+    "one-same-arithmetic": "one branch, wider by as much arithmetic",
+    "kernels-1-3": "two branches of 3×3 and two of 1×1",
+}
 # From the sheet's basic network to that of the preset full: a change a step. The next steps keep
 # it, whether it helped at this length of training or not, but for those in `NOT_KEPT`: nine blocks
 # take a third more arithmetic (choice-95-nine), and the sheet wants a computed a.
@@ -321,16 +335,18 @@ def verdicts(compared: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
 
 
 def summary(compared: pd.DataFrame) -> str:
-    """All verdicts in a sentence or three."""
+    """All verdicts in a sentence, in `WORDS`."""
     every = verdicts(compared, compared.index)
     points = every[f"points more than {BASE}"]
-    sentences = [f"Against `{BASE}` with four branches ({compared.loc[BASE, 'mean']:.2%}):"]
+    parts = []
     for verdict in ("better", "worse", "cannot be told apart"):
         names = every.index[every["verdict"] == verdict]
         if len(names):
-            named = ", ".join(f"{name} ({points[name]})" for name in names)
-            sentences.append(f"**{verdict}** {named};")
-    return " ".join(sentences).rstrip(";") + " (points of validation accuracy)."
+            named = "; ".join(f"{WORDS[name]} ({points[name]})" for name in names)
+            parts.append(f"**{verdict}:** {named}.")
+    mean = f"{compared.loc[BASE, 'mean']:.2%} of the images held out"
+    base = f"Beside {WORDS[BASE]} ({mean}), in points,"
+    return " ".join([base, *parts])
 
 
 def seed_by_seed(results: pd.DataFrame) -> pd.DataFrame:

@@ -499,7 +499,9 @@ def test_the_readme_states_what_the_records_say() -> None:
         assert f"**{mean_and_deviation(minutes, 1)} minutes**" in readme
         assert f"(n = {len(seeds)}" in readme
         assert f"{mean_and_deviation(100 * seeds['test_accuracy_tta'], 2)} % with it" in readme
-    for row in runs.by_cost().itertuples():
+    made = runs.by_cost()
+    assert re.findall(r"\| `([\w-]+)` \| \d", readme) == made["run"].tolist()
+    for row in made.itertuples():
         first = next(name for name in runs.names() if name.startswith(f"{row.run}-seed"))
         alike = runs.seeds_of(runs.read(first))
         accuracy = mean_and_deviation(100 * alike["test_accuracy"], 2)

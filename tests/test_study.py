@@ -257,7 +257,7 @@ def test_similarity_of_kernels_and_the_branch_that_leads() -> None:
     assert evaluation.driving(a, 2)[:2].tolist() == [[3, 0], [2, 0]]
 
 
-def test_verdicts_say_what_the_intervals_say() -> None:
+def test_verdicts_say_what_the_intervals_say(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = pd.DataFrame(
         {
             "mean": [0.8, 0.81, 0.79, 0.8],
@@ -273,7 +273,13 @@ def test_verdicts_say_what_the_intervals_say() -> None:
     second = study.verdicts(compared, ["down", "level"])
     assert second["verdict"].to_dict() == {"down": "worse", "level": "cannot be told apart"}
     assert second.loc["down"].tolist()[:3] == ["79.00%", "-1.00", "-2.00 to -0.10"]
+    words = {"softmax": "the base", "up": "more", "down": "less", "level": "as much"}
+    monkeypatch.setattr(study, "WORDS", words)
     assert study.summary(compared) == (
-        "Against `softmax` with four branches (80.00%): **better** up (+1.00); **worse** down "
-        "(-1.00); **cannot be told apart** level (+0.10) (points of validation accuracy)."
+        "Beside the base (80.00% of the images held out), in points, **better:** more (+1.00). "
+        "**worse:** less (-1.00). **cannot be told apart:** as much (+0.10)."
     )
+
+
+def test_every_variant_has_words() -> None:
+    assert study.WORDS.keys() == study.variants().keys()
