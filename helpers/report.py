@@ -479,6 +479,7 @@ def pdf_content(run: runs.Run) -> dict:
         "result": result,
         "seed": str(settings.seed),
         "best": best_of(seeds) + not_chosen(accuracy.mean() / 100, made),
+        "every": settings.measure_training_every,
         "activation": settings.activation,
         "gate": settings.gate,
         "stem": bool(settings.stem_filters),
