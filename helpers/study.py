@@ -73,8 +73,8 @@ WORDS = {
     "one": "one branch",
     "two": "two branches",
     "eight": "eight branches",
-    "one-same-parameters": "one branch, wider by as many parameters",
-    "one-same-arithmetic": "one branch, wider by as much arithmetic",
+    "one-same-parameters": "one branch, so wide that it has as many parameters",
+    "one-same-arithmetic": "one branch, so wide that it takes as long to train",
     "kernels-1-3": "two branches of 3×3 and two of 1×1",
 }
 # From the sheet's basic network to that of the preset full: a change a step. The next steps keep
@@ -119,8 +119,8 @@ def variants() -> dict[str, dict[str, Any]]:
     return {name: given for group in VARIANTS.values() for name, given in group.items()}
 
 
-def seeds_of(variant: str) -> tuple[int, ...]:
-    return SEEDS + MORE_SEEDS * (variant in (BASE, *FIRST_QUESTION))
+def planned_seeds(variant: str) -> tuple[int, ...]:
+    return SEEDS + MORE_SEEDS if variant in (BASE, *FIRST_QUESTION) else SEEDS
 
 
 def run_name(variant: str, seed: int) -> str:
@@ -144,7 +144,7 @@ def planned() -> dict[str, dict[str, Any]]:
     every = {
         run_name(variant, seed): given | {"seed": seed}
         for seed, (variant, given) in itertools.product(SEEDS + MORE_SEEDS, variants().items())
-        if seed in seeds_of(variant)
+        if seed in planned_seeds(variant)
     }
     return every | steps()
 
@@ -254,7 +254,7 @@ def table() -> pd.DataFrame:
         {"question": question, "variant": variant, "seed": seed} | row_of(run_name(variant, seed))
         for question, group in VARIANTS.items()
         for variant in group
-        for seed in seeds_of(variant)
+        for seed in planned_seeds(variant)
     ]
     return pd.DataFrame(rows)
 
@@ -377,7 +377,7 @@ def similarities() -> pd.DataFrame:
     variants of one branch are left out."""
     rows = {}
     for variant in variants():
-        names = [run_name(variant, seed) for seed in seeds_of(variant)]
+        names = [run_name(variant, seed) for seed in planned_seeds(variant)]
         said = [runs.read_json(runs.RUNS / name / "study.json") for name in names]
         cosines = pd.DataFrame([one["kernel_similarity"] for one in said], dtype=float)
         rows[variant] = cosines.set_axis([f"B{k + 1}" for k in cosines], axis=1).mean()
@@ -396,7 +396,8 @@ def announce(todo: list[str]) -> None:
         hours = sum(expected_seconds(name, pace) for name in todo) / 3600
         print(
             f"These {len(todo)} take about {hours:.1f} hours of training, one after the other, on "
-            f"a machine like that of {like.name} ({runs.machine_of(like)}).",
+            f"a machine like that of {like.name} ({runs.machine_of(like)}), and measuring them in "
+            "float32 can take as long again or longer.",
             flush=True,
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
@@ -320,6 +321,12 @@ def test_pdf_has_three_pages_at_most_and_its_numbers_are_the_records(tmp_path: P
     assert f"{100 * run.metrics['test_accuracy']:.2f}" in str(content["seeds"])
     assert ["epochs", str(run.metrics["epochs"])] in content["hyperparameters"]
     assert len(content["layers"]) == len(model.layer_table(runs.settings_of(run).network()))
+
+
+def test_trainings_that_ended_higher_than_the_result_are_named() -> None:
+    made = pd.DataFrame({"run": ["low", "mine", "high"], "accuracy": [0.8, 0.9, 0.91]})
+    assert report.not_chosen(0.91, made) == ""
+    assert report.not_chosen(0.9, made).startswith(" high, in the history below, ended higher")
 
 
 def test_pdf_without_figures_is_refused_by_name(tmp_path: Path) -> None:
