@@ -45,19 +45,24 @@ def predict(
     images: ImageSet,
     device: torch.device | str = "cpu",
     views: tuple[tuple[bool, int, int, float], ...] = AS_IS,
+    precision: torch.dtype = torch.float32,
 ) -> Tensor:
     """Logits, float32 N×10 on the CPU, in the images' order, with the network in evaluation mode.
 
     Args:
         views: `AS_IS`, or `TTA` for the weighted mean of the logits of six views of each image
             (test-time augmentation). The network's mode is put back afterwards.
+        precision: of the maps; bfloat16 is faster where the device calculates with it, and turns
+            a few answers in a thousand.
     """
     was_training = network.training
     network.eval()
     total = torch.zeros(len(images), 10)
+    half = precision == torch.bfloat16
     for mirrored, down, right, weight in views:
         seen = view(images, mirrored, down, right)
-        batches = [network(x.to(device)).float().cpu() for x, *_ in evaluation_loader(seen)]
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=half):
+            batches = [network(x.to(device)).float().cpu() for x, *_ in evaluation_loader(seen)]
         total += weight * torch.cat(batches)
     network.train(was_training)
     return total
