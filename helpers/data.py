@@ -26,8 +26,8 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    Sampler,
     SequentialSampler,
-    SubsetRandomSampler,
 )
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, extract_archive
@@ -442,18 +442,41 @@ class _Batches(Dataset):
         return len(self.images)
 
 
+class EvenBatches(Sampler[list[int]]):
+    """Shuffled numbers in as few batches as `batch_size` allows, of equal size but for one.
+
+    Every step of Muon is as long as any other, and batch normalisation follows the last batches:
+    a last batch of a few images that were left over would move the network as far as a full one.
+
+    Args:
+        numbers: of the images to be given; may be replaced before each pass.
+        generator: the only source of randomness here.
+    """
+
+    def __init__(self, numbers: Tensor, batch_size: int, generator: torch.Generator) -> None:
+        self.numbers, self.batch_size, self.generator = numbers, batch_size, generator
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(len(self.numbers), generator=self.generator)
+        batches = self.numbers[order].tensor_split(len(self))
+        return iter([batch.tolist() for batch in batches])
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.numbers) / self.batch_size)
+
+
 def training_loader(
     images: ImageSet, batch_size: int, augment: Augment, generator: torch.Generator
 ) -> DataLoader:
-    """Shuffled, augmented, normalised batches; the last is ragged.
+    """Shuffled, augmented, normalised batches of at most `batch_size` images, all of equal size
+    but for one image.
 
     A batch is b×3×32×32 floats, b labels and the b numbers of its images in the set. The order
     comes from `generator` alone, so that nothing else that draws random numbers, such as another
     loader, changes the training. Call `set_epoch` before each epoch.
     """
     source = _Batches(images, augment)
-    order = SubsetRandomSampler(range(len(images)), generator)
-    sampler = BatchSampler(order, batch_size, drop_last=False)
+    sampler = EvenBatches(torch.arange(len(images)), batch_size, generator)
     return DataLoader(source, sampler=sampler, batch_size=None, generator=generator)
 
 
@@ -461,8 +484,8 @@ def set_epoch(loader: DataLoader, epoch: int, numbers: Tensor | None = None) -> 
     """Tell a training loader which epoch, counted from 0, it is about to give, and the numbers of
     the images in it (all of the set, if they are not given)."""
     loader.dataset.epoch = epoch
-    everyone = range(len(loader.dataset))
-    loader.sampler.sampler.indices = everyone if numbers is None else numbers.tolist()
+    everyone = torch.arange(len(loader.dataset))
+    loader.sampler.numbers = everyone if numbers is None else numbers
 
 
 def evaluation_loader(images: ImageSet, batch_size: int = 500) -> DataLoader:

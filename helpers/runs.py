@@ -322,17 +322,18 @@ def training_parts(images: ImageData, settings: Settings) -> tuple[ImageSet, Ima
 
 
 def check_batches(settings: Settings, images: int) -> None:
-    """Refuse a last batch of one image, if the network's smallest map is a single position: batch
+    """Refuse batches of one image, if the network's smallest map is a single position: batch
     normalisation has nothing to average then.
 
     Args:
-        images: how many are trained on.
+        images: how many are trained on, in batches of equal size but for one image.
 
     Raises:
         ParameterError: it is so.
     """
-    # Where easy images are left out, how many are left is known too late.
-    if settings.batch_size > 1 and images % settings.batch_size != 1 and not settings.skip_easy:
+    smallest = images // math.ceil(images / settings.batch_size)
+    # Where easy images are left out, how many are left is known too late: an odd number, maybe.
+    if smallest > 1 and not (settings.skip_easy and settings.batch_size == 2):
         return
     size = min([IMAGE_SIZE, *settings.first_sizes])
     with torch.device("meta"):

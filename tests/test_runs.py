@@ -300,10 +300,11 @@ def test_latest_does_not_take_another_seeds_run(folder: Path, tiny_images: data.
 
 
 def test_a_batch_of_one_image_is_refused_where_nothing_can_be_normalised() -> None:
-    tight = Settings(first_sizes=[8], batch_size=100)  # three poolings leave one position of 8×8
-    with pytest.raises(ParameterError, match=r"batch_size = 100: of 2,001 images .* batch of one"):
+    tight = Settings(first_sizes=[8], batch_size=2)  # three poolings leave one position of 8×8
+    with pytest.raises(ParameterError, match=r"batch_size = 2: of 2,001 images .* batch of one"):
         runs.check_batches(tight, 2001)
     runs.check_batches(tight, 2000)
+    runs.check_batches(dataclasses.replace(tight, batch_size=100, skip_easy=0.5), 2001)
     runs.check_batches(dataclasses.replace(tight, first_sizes=[]), 2001)
     with pytest.raises(ParameterError, match="batch_size = 1:"):
         runs.check_batches(dataclasses.replace(tight, batch_size=1), 2000)

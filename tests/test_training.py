@@ -145,7 +145,7 @@ def test_the_record_holds_every_batch_and_exact_accuracies(tiny_images: data.Ima
     lines: list[str] = []
     settings = dataclasses.replace(SMALL, validation=20)
     network, run = training.train(tiny_images, settings, report=lines.append)
-    batches = -(-(len(tiny_images.train) - 20) // 32)  # the last one is ragged
+    batches = -(-(len(tiny_images.train) - 20) // 32)  # as few as there can be
     assert (len(tiny_images.train) - 20) % 32
     assert run.batches.groupby("epoch").size().tolist() == [batches] * 3
     assert run.history["epoch"].tolist() == [1, 2, 3]
