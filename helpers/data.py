@@ -423,7 +423,7 @@ def normalise(images: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-class _Batches(Dataset):
+class Batches(Dataset):
     """Fetches a whole batch by its list of indices, so that a batch is one indexing."""
 
     def __init__(self, images: ImageSet, augment: Augment | None) -> None:
@@ -475,7 +475,7 @@ def training_loader(
     comes from `generator` alone, so that nothing else that draws random numbers, such as another
     loader, changes the training. Call `set_epoch` before each epoch.
     """
-    source = _Batches(images, augment)
+    source = Batches(images, augment)
     sampler = EvenBatches(torch.arange(len(images)), batch_size, generator)
     return DataLoader(source, sampler=sampler, batch_size=None, generator=generator)
 
@@ -490,7 +490,7 @@ def set_epoch(loader: DataLoader, epoch: int, numbers: Tensor | None = None) -> 
 
 def evaluation_loader(images: ImageSet, batch_size: int = 500) -> DataLoader:
     """Clean, normalised batches in the images' own order, as `training_loader` gives them."""
-    source = _Batches(images, None)
+    source = Batches(images, None)
     sampler = BatchSampler(SequentialSampler(source), batch_size, drop_last=False)
     # A DataLoader draws a number from the global generator for each iterator; this one does not.
     return DataLoader(source, sampler=sampler, batch_size=None, generator=torch.Generator())

@@ -402,7 +402,7 @@ def cost_by_branches(blocks: pd.DataFrame, steps: pd.DataFrame) -> Figure:
         axes.legend(fontsize=DIAGRAM_TEXT)
         axes.set_xlabel("branches L (dashed: as written)")
         _large(axes)
-    left.set(title="a block, over one plain convolution", ylabel="time, as a ratio")
+    left.set(title="a block, over one plain convolution (float32)", ylabel="time, as a ratio")
     right.set_title("a training step, over that with L = 1")
     _large(left)
     return drawn

@@ -137,7 +137,8 @@ class IntermediateBlock(nn.Module):
         self.start_uniform()
 
     def start_uniform(self) -> None:
-        """Let every a start at 1/L: the branches differ by their random kernels, not by a.
+        """Let every a start at 1/L (a single sigmoid's at 1/2): the branches differ by their random
+        kernels, not by a.
 
         A linear a with random weights would start with a random sign and scale for each image.
         What a constant or uniform a does not learn stays at its start for good.
@@ -174,7 +175,7 @@ class IntermediateBlock(nn.Module):
         small its map: large maps, or many branches. Winograd's tiles save more than half of the
         multiplications of 3×3 kernels (in·out), at a price for each channel (in + out): many
         channels, and against mixed kernels, whose price hardly grows with L, few branches. The rest
-        as written. From where on is in `RULES`, for CPUs; on a GPU all is evaluated as written.
+        fused. From where on is in `RULES`, for CPUs; on a GPU all is evaluated as written.
         """
         everyone = list(range(len(self.branches)))
         if self.form != "auto" or x.device.type != "cpu":
@@ -563,7 +564,8 @@ class BlockNetwork(nn.Module):
     Args:
         widths: output channels of each intermediate block; their number is K.
         branches: L, one number for all blocks or a sequence of K.
-        kernel_size: of the branches, one odd number for all or one for each of the L branches.
+        kernel_size: of the branches, one odd number for all or one for each of the L branches of a
+            block; the same in all blocks, which then have as many branches each.
         strides: stride of the branches, one number for all blocks or a sequence of K.
         gate: see `IntermediateBlock`.
         stem_filters: filters of the `WhiteningStem` before B1, or 0 for no stem.
@@ -710,10 +712,10 @@ def layer_table(network: BlockNetwork, image_size: int = 32) -> pd.DataFrame:
 
     The index names the layer (stem, B1, after B1, … output); layers that do nothing have no row.
     Columns: `what` it is; its `output` for one image, c×h×w; its learned `parameters`; the
-    `form` in which a block's sum is evaluated; and its multiply-adds for one image, as the
-    formula is written (L convolutions, fully connected layer, weighted sum) and as it is
-    evaluated in that form. One multiply-add is one multiplication with its addition: means,
-    biases, pooling, normalisation and activations count none.
+    `form` in which a block's sum is evaluated (on a CPU that for float32); and its multiply-adds
+    for one image, as the formula is written (L convolutions, fully connected layer, weighted sum)
+    and as it is evaluated in that form. One multiply-add is one multiplication with its addition:
+    means, biases, pooling, normalisation and activations count none.
 
     Args:
         network: on any device, since the form may depend on it; it is not changed.

@@ -841,12 +841,16 @@ def by_cost(dataset: str = "cifar10") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+# Choices whose base has another name than theirs would say.
+BESIDE = dict.fromkeys(("choice-small-first", "choice-two-3x3-three-epochs"), "choice-whole")
+
+
 def choices(dataset: str = "cifar10") -> pd.DataFrame:
     """The finished runs that were made to choose by, with images held out; a row a run.
 
     Columns: `run`, `images` (trained on), `epochs`, `beside` (the run it is compared with: the one
-    named `<begin>-base` with the longest beginning of its own name), `what differs` from that one,
-    and `validation accuracy`.
+    named `<begin>-base` with the longest beginning of its own name, or that in `BESIDE`; itself, if
+    there is none of as many images), `what differs` from that one, and `validation accuracy`.
     """
     columns = ["run", "images", "epochs", "beside", "what differs", "validation accuracy"]
     found = {run.name: run for run in finished() if run.metrics["preset"] == "choice"}
@@ -856,9 +860,10 @@ def choices(dataset: str = "cifar10") -> pd.DataFrame:
             continue
         begins = (base.removesuffix("base") for base in found if base.endswith("-base"))
         begin = max((b for b in begins if name.startswith(b) and name != b + "base"), default="")
-        beside = found.get(begin + "base", run)
-        config = run.config
+        beside, config = found.get(BESIDE.get(name, begin + "base"), run), run.config
         images = settings_of(run).images_of(50_000)
+        if settings_of(beside).images_of(50_000) != images:
+            beside = run
         row = name, images, config["epochs"], beside.name, differences(run, beside)
         rows.append((*row, run.metrics["validation_accuracy"]))
     return pd.DataFrame(rows, columns=columns)

@@ -167,9 +167,9 @@ def train_batch(
 def importance(losses: Tensor, skip: float, generator: torch.Generator) -> Tensor:
     """How much each of N images counts in an epoch, given their last losses.
 
-    Of those that are learned better than the mean, the share `skip` is drawn and left out (0), and
-    the others count for them too (1/(1 − skip)), so that the gradient stays right in the mean; all
-    others count 1 (InfoBatch: Qin et al., arXiv 2303.04947).
+    Of those that are learned better than the mean, each is left out (0) with probability `skip`,
+    and the others count for them too (1/(1 − skip)), so that the gradient stays right in the mean;
+    all others count 1 (InfoBatch: Qin et al., arXiv 2303.04947).
     """
     if not skip:
         return torch.ones(len(losses))
