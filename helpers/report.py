@@ -539,8 +539,9 @@ def not_chosen(accuracy: float, made: pd.DataFrame) -> str:
     higher = made.loc[made["accuracy"] > accuracy, "run"]
     if higher.empty:
         return ""
+    was = "was" if len(higher) == 1 else "were"
     return (
-        f" {', '.join(higher)}, in the history below, ended higher and was not made the result for "
+        f" {', '.join(higher)}, in the history below, ended higher and {was} not made the result for "
         "it, since the test set is to choose nothing."
     )
 
