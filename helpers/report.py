@@ -541,8 +541,8 @@ def not_chosen(accuracy: float, made: pd.DataFrame) -> str:
         return ""
     was = "was" if len(higher) == 1 else "were"
     return (
-        f" {', '.join(higher)}, in the history below, ended higher and {was} not made the result for "
-        "it, since the test set is to choose nothing."
+        f" {', '.join(higher)}, in the history below, ended higher and {was} not made the result "
+        "for it, since the test set is to choose nothing."
     )
 
 
