@@ -53,7 +53,7 @@ def predict(
         views: `AS_IS`, or `TTA` for the weighted mean of the logits of six views of each image
             (test-time augmentation). The network's mode is put back afterwards.
         precision: of the maps; bfloat16 is faster where the device calculates with it, and turns
-            a few answers in a thousand.
+            some of the answers.
     """
     was_training = network.training
     network.eval()
