@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2 import TrivialAugmentWide
 
 from helpers.data import MEAN_COLOUR
 
@@ -54,6 +55,24 @@ def cover(images: Tensor, row: Tensor, column: Tensor, side: int, colour: Tensor
     return torch.where(covered, colour.to(images).view(1, -1, 1, 1), images)
 
 
+def alter(images: Tensor, which: Tensor, generator: torch.Generator, colour: Tensor) -> Tensor:
+    """Alter those of b×3×h×w uint8 images where `which`, b booleans, is true: each by one operation
+    of any strength, such as a turn, a shear, a change of contrast or of sharpness (TrivialAugment:
+    S. Müller and F. Hutter, arXiv 2103.10158; its wide ranges, torchvision's implementation).
+
+    Args:
+        generator: gives the seed from which torchvision draws; the global one stays as it is.
+        colour: 3 values, of what comes in at the rim.
+    """
+    change = TrivialAugmentWide(fill=colour.tolist())
+    altered = images.clone()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        for position in which.nonzero().flatten().tolist():
+            altered[position] = change(images[position])
+    return altered
+
+
 def shrink(images: Tensor, size: int) -> Tensor:
     """b×c×h×w images of floats as b×c×size×size: each pixel the mean of those that it covers.
 
@@ -66,7 +85,8 @@ def shrink(images: Tensor, size: int) -> Tensor:
 
 
 class Augmentation:
-    """Alternating mirror, random shift and covered square for a training set of known size.
+    """Alternating mirror, random shift, TrivialAugment and covered square for a training set of
+    known size.
 
     Whether an image is mirrored in its first epoch is drawn; from then on it alternates, so
     that any two epochs in a row show every image both ways (cifar10-airbench, K. Jordan).
@@ -78,9 +98,11 @@ class Augmentation:
         generator: the only source of randomness here.
         cutout: side in pixels of the square that is covered with the images' mean colour, its
             centre anywhere; 0 for none.
+        trivial_augment: share of the images that are altered by `alter`, drawn anew each time.
 
     Raises:
-        ValueError: a translation or a cutout that is not 0 to 31 whole pixels.
+        ValueError: a translation or a cutout that is not 0 to 31 whole pixels, or a share that is
+            not from 0 to 1.
     """
 
     def __init__(
@@ -90,13 +112,19 @@ class Augmentation:
         flip: bool,
         generator: torch.Generator,
         cutout: int = 0,
+        trivial_augment: float = 0.0,
     ) -> None:
         for name, pixels in (("translate", translate), ("cutout", cutout)):
             if isinstance(pixels, bool) or not isinstance(pixels, int) or not 0 <= pixels < 32:
                 raise ValueError(
                     f"{name}={pixels!r} is not allowed; use whole pixels from 0 to 31."
                 )
+        if not 0 <= trivial_augment <= 1:
+            raise ValueError(
+                f"trivial_augment={trivial_augment!r} is not allowed; use a share from 0 to 1."
+            )
         self.translate, self.flip, self.cutout = translate, flip, cutout
+        self.trivial_augment = trivial_augment
         self.colour = MEAN_COLOUR
         self.generator = generator
         self.mirrored_first = torch.rand(images, generator=generator) < 0.5
@@ -112,6 +140,9 @@ class Augmentation:
             moves = torch.randint(span, (2, len(images)), generator=self.generator) - self.translate
             down, right = moves.to(images.device)
             images = shift(images, down, right)
+        if self.trivial_augment:
+            which = torch.rand(len(images), generator=self.generator) < self.trivial_augment
+            images = alter(images, which, self.generator, self.colour)
         if self.cutout:
             place = torch.randint(images.shape[2], (2, len(images)), generator=self.generator)
             row, column = place.to(images.device)

@@ -44,6 +44,8 @@ SEQUENCE = (
     "01_data_exploration", "02_model_definition", "03_training", "04_analysis", "05_weights",
 )  # fmt: skip
 TRAINING = "03_training"
+# Parameters of a run that have no place in its full cell of parameters.
+UNDECLARED = {"measure_training_every", "start_from", "trivial_augment"}
 # The preset whose run of seed 0 is the result: 04 and 05 analyse it, its weights are kept.
 BEST = "full"
 
@@ -132,7 +134,7 @@ def execute(name: str, target: Path, parameters: dict) -> tuple[NotebookNode, fl
     """Execute notebook `name` as JupyterLab would, in its own folder, into the file `target`.
 
     Of `parameters` it is given those that it declares, and the training notebook, whose cell of
-    parameters is full, how often to measure the training images. Its time is printed when it is
+    parameters is full, the others of a run too. Its time is printed when it is
     done; the lines of the training notebook are printed as they come.
 
     Returns:
@@ -145,7 +147,7 @@ def execute(name: str, target: Path, parameters: dict) -> tuple[NotebookNode, fl
     source = NOTEBOOKS / f"{name}.ipynb"
     declared = set(papermill.inspect_notebook(source))
     if name == TRAINING:
-        declared.add("measure_training_every")
+        declared |= UNDECLARED
     started, failure = time.perf_counter(), None
     try:
         papermill.execute_notebook(

@@ -122,6 +122,13 @@ def wholes(default: list[int] | int, low: int, high: float = math.inf, single: b
     return dataclasses.field(default_factory=lambda: default, metadata={"fault": fault})
 
 
+# The parameters of `Settings` that `BlockNetwork` takes.
+NETWORK = (
+    "widths", "branches", "kernel_size", "strides", "gate", "stem_filters", "stem_stride",
+    "pool_after", "residual", "normalise", "activation",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Settings:
     """Every parameter that a notebook takes; the defaults are the quick preset's.
@@ -154,6 +161,7 @@ class Settings:
     normalise: bool = flag(True)
     activation: str = choice("silu", tuple(ACTIVATIONS))
     # the training
+    start_from: str = text("", empty=True)  # a run whose weights are the first; empty: fresh ones
     epochs: int = whole(6, 1, 10_000)
     first_sizes: list[int] = wholes([16, 16], 8, IMAGE_SIZE)  # of images in the first epochs
     batch_size: int = whole(250, 1, 50_000)
@@ -164,6 +172,7 @@ class Settings:
     translate: int = whole(2, 0, 31)
     flip: bool = flag(True)
     cutout: int = whole(0, 0, 31)
+    trivial_augment: float = real(0.0, 0.0, 1.0)  # share of images altered by TrivialAugment
     skip_easy: float = real(0.0, 0.0, 0.9)  # share of the easier images that an epoch leaves out
     # the measuring
     measure_training_every: int = whole(1, 1, 10_000)  # epochs; the test set after each of them
@@ -222,11 +231,7 @@ class Settings:
 
     def network(self) -> nn.Module:
         """The network of these parameters, freshly initialised."""
-        return BlockNetwork(
-            self.widths, self.branches, self.kernel_size, self.strides, self.gate,
-            self.stem_filters, self.stem_stride, self.pool_after, self.residual,
-            self.normalise, self.activation,
-        )  # fmt: skip
+        return BlockNetwork(**{name: getattr(self, name) for name in NETWORK})
 
 
 def check_parameters(namespace: dict[str, Any]) -> Settings:

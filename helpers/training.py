@@ -27,12 +27,17 @@ from helpers.data import (
     training_loader,
 )
 from helpers.runs import (
+    NETWORK,
+    ParameterError,
     Record,
     Run,
     Settings,
     check_batches,
+    load_network,
     pick_device,
     pick_precision,
+    read,
+    settings_of,
     surroundings,
     training_parts,
 )
@@ -196,8 +201,9 @@ class Underway:
         # Shuffling and augmentation draw from this generator and from no other.
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.augmentation = Augmentation(
-            len(training), settings.translate, settings.flip, self.generator, settings.cutout
-        )
+            len(training), settings.translate, settings.flip, self.generator, settings.cutout,
+            settings.trivial_augment,
+        )  # fmt: skip
         self.loader = training_loader(
             training, settings.batch_size, self.augmentation, self.generator
         )
@@ -375,7 +381,8 @@ def train_and_record(
     """The epochs of a run, or what is left of them; the trained network."""
     training, validation = training_parts(images, settings)
     training, test = training.to(device), images.test.to(device)
-    underway = Underway(first_network(training, settings).to(device), training, settings)
+    first = starting_network(training, settings, images.name)
+    underway = Underway(first.to(device), training, settings)
     if (state := record.checkpoint()) is not None:
         go_on(underway, state, record)
     while underway.epoch <= settings.epochs:
@@ -448,6 +455,33 @@ def first_network(training: ImageSet, settings: Settings) -> nn.Module:
             )
     network.fit_stem(normalise(training.images[:5000].cpu()))
     return network.to(memory_format=torch.channels_last)
+
+
+def starting_network(training: ImageSet, settings: Settings, dataset: str) -> nn.Module:
+    """The network with which a run begins: a fresh one, or that of the run `start_from`, whose
+    learning rates then rise once more (warm restarts: Loshchilov and Hutter, arXiv 1608.03983).
+
+    Raises:
+        ParameterError: the other run has another network, or was trained on other images.
+        RunError: it or its weights cannot be read.
+    """
+    if not settings.start_from:
+        return first_network(training, settings)
+    earlier = read(settings.start_from)
+    for name in (*NETWORK, "validation"):  # with fewer held out, it knows some of them by heart
+        own, other = getattr(settings, name), getattr(settings_of(earlier), name)
+        if own != other:
+            raise ParameterError(
+                f"Parameter start_from = {earlier.name!r}: its {name} is {other!r}, and here it is "
+                f"{own!r}; begin with a run that has the same network and the same images."
+            )
+    if earlier.metrics["dataset"] != dataset:
+        raise ParameterError(
+            f"Parameter start_from = {earlier.name!r}: it was trained on "
+            f"{earlier.metrics['dataset']}, and the data here is {dataset}; begin with a run on "
+            "the same data."
+        )
+    return load_network(earlier)
 
 
 def measure(
