@@ -34,7 +34,7 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 
-from helpers import data, evaluation, figures, model, runs
+from helpers import data, evaluation, figures, model, runs, training
 from helpers.evaluation import mean_and_deviation
 from helpers.explorer import write_explorer
 
@@ -114,6 +114,7 @@ def make_report(preset: str, seed: int) -> Path:
     )
     images = data.load_data()
     dataset, drawn = images.name, data.ROOT / "figures" / runs.label(settings, images)
+    training.earlier_network(settings, dataset)  # can it be had, if one is named?
     with runs.Record(settings, images):  # can it be written and, if it is there, continued?
         pass
     durations = {}
@@ -430,7 +431,7 @@ def result(run: runs.Run) -> str:
     if metrics.get("test_accuracy_tta") is not None:
         accuracy += f" ({metrics['test_accuracy_tta']:.2%} with it)"
     return (
-        f"{accuracy}, after {duration(metrics['train_seconds'])} of training on "
+        f"{accuracy}, after {duration(runs.training_seconds(run))} of training on "
         f"{runs.machine_of(run)}; {metrics['parameters']:,} parameters."
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -781,7 +782,8 @@ def seeds_of(run: Run, among: list[Run] | None = None) -> pd.DataFrame:
     """The metrics of all finished runs like this one, a row a seed.
 
     Like it are those with the same settings on the same data and the same kind of device, but for
-    seed and name. Of several with one seed the latest counts.
+    seed and name. Of several with one seed the latest counts. `train_seconds` are of the whole
+    training, with that of the runs that it went on from.
 
     Args:
         among: the runs to look through; None for all that are on record.
@@ -789,7 +791,12 @@ def seeds_of(run: Run, among: list[Run] | None = None) -> pd.DataFrame:
     among = finished() if among is None else among
     alike = [other for other in among if what_counts(other) == what_counts(run)]
     alike.sort(key=lambda other: (other.metrics["seed"], other.metrics["finished"]))
-    rows = pd.DataFrame([{"run": other.name} | other.metrics for other in alike])
+    rows = pd.DataFrame(
+        [
+            {"run": other.name} | other.metrics | {"train_seconds": training_seconds(other)}
+            for other in alike
+        ]
+    )
     return rows.drop_duplicates("seed", keep="last").reset_index(drop=True)
 
 
@@ -799,8 +806,35 @@ def what_counts(run: Run) -> dict[str, Any]:
     ignored = (
         "seed", "device", "precision", "run", "basic_images", "measure_training_every", "version",
     )  # fmt: skip
-    counts = {name: value for name, value in run.config.items() if name not in ignored}
+    known = parameters_of(run)
+    counts = {name: value for name, value in known.items() if name not in ignored}
     return counts | {"kind": kind_of(run)}
+
+
+def parameters_of(run: Run) -> dict[str, Any]:
+    """The configuration of a run. What was no parameter yet when it was made has its default, with
+    which nothing is as it was not then."""
+    return default_parameters() | run.config
+
+
+@functools.cache  # its checks build a network
+def default_parameters() -> dict[str, Any]:
+    return dataclasses.asdict(Settings())
+
+
+def lineage(run: Run) -> list[Run]:
+    """A run and those whose weights it went on from, each from the next: most often itself alone.
+
+    Raises:
+        RunError: one of them is not on record.
+    """
+    before = run.config.get("start_from")
+    return [run, *(lineage(read(before)) if before else [])]
+
+
+def training_seconds(run: Run) -> float:
+    """The time of a whole training, with that of the runs that it went on from."""
+    return sum(one.metrics["train_seconds"] for one in lineage(run))
 
 
 def kind_of(run: Run) -> str:
@@ -880,18 +914,23 @@ def differences(run: Run, other: Run) -> str:
     passed_over = (
         "run", "version", "precision", "train_images", "epochs", "measure_training_every"
     )  # fmt: skip
+    others = parameters_of(other)
     changed = [
         f"{key} = {value}"
-        for key, value in run.config.items()
-        if key not in passed_over and value != other.config.get(key)
+        for key, value in parameters_of(run).items()
+        if key not in passed_over and value != others.get(key)
     ]
     return ", ".join(changed) or "–"
 
 
 def training_work(run: Run, how: str = "as written") -> float:
-    """The multiply-adds of a whole training: see `work_of`."""
-    images = run.history["images_per_second"] * run.history["seconds"]
-    return work_of(settings_of(run), images.tolist(), how)
+    """The multiply-adds of a whole training, with that of the runs that it went on from: see
+    `work_of`."""
+    work = 0.0
+    for one in lineage(run):
+        images = one.history["images_per_second"] * one.history["seconds"]
+        work += work_of(settings_of(one), images.tolist(), how)
+    return work
 
 
 def work_of(settings: Settings, images: list[float], how: str = "as written") -> float:

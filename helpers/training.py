@@ -361,28 +361,37 @@ def train(
         The trained network and its finished record.
 
     Raises:
-        ParameterError: the device or the precision is not to be had here, or a batch of one image
-            cannot be learnt from.
-        RunError: the run cannot be recorded, or continued.
+        ParameterError: the device or the precision is not to be had here, a batch of one image
+            cannot be learnt from, or the run `start_from` is none to go on from.
+        RunError: the run cannot be recorded, or continued, or `start_from` cannot be read.
         TrainingError: a loss or weights that are not finite; the record says so too.
     """
     device = pick_device(settings.device)
     check_batches(settings, settings.images_of(len(images.train)))
+    begin_with = earlier_network(settings, images.name)
     torch.set_flush_denormal(True)  # tiny numbers are slow on a CPU and change nothing
     keep_freed_memory()
     with Record(settings, images, report) as record:
-        network = train_and_record(images, settings, record, device)
+        network = train_and_record(images, settings, record, device, begin_with)
         return network, record.finish(network, final_metrics(network, record, images, settings))
 
 
 def train_and_record(
-    images: ImageData, settings: Settings, record: Record, device: torch.device
+    images: ImageData,
+    settings: Settings,
+    record: Record,
+    device: torch.device,
+    begin_with: nn.Module | None,
 ) -> nn.Module:
-    """The epochs of a run, or what is left of them; the trained network."""
+    """The epochs of a run, or what is left of them; the trained network.
+
+    Args:
+        begin_with: `earlier_network`; where there is none, the run begins with a fresh one.
+    """
     training, validation = training_parts(images, settings)
     training, test = training.to(device), images.test.to(device)
-    first = starting_network(training, settings, images.name)
-    underway = Underway(first.to(device), training, settings)
+    network = begin_with or first_network(training, settings)
+    underway = Underway(network.to(device), training, settings)
     if (state := record.checkpoint()) is not None:
         go_on(underway, state, record)
     while underway.epoch <= settings.epochs:
@@ -457,16 +466,16 @@ def first_network(training: ImageSet, settings: Settings) -> nn.Module:
     return network.to(memory_format=torch.channels_last)
 
 
-def starting_network(training: ImageSet, settings: Settings, dataset: str) -> nn.Module:
-    """The network with which a run begins: a fresh one, or that of the run `start_from`, whose
-    learning rates then rise once more (warm restarts: Loshchilov and Hutter, arXiv 1608.03983).
+def earlier_network(settings: Settings, dataset: str) -> nn.Module | None:
+    """The network of the run `start_from`, if one is named. Trained further, its learning rates
+    fall once more (warm restarts: Loshchilov and Hutter, arXiv 1608.03983).
 
     Raises:
-        ParameterError: the other run has another network, or was trained on other images.
+        ParameterError: that run has another network, or was trained on other images.
         RunError: it or its weights cannot be read.
     """
     if not settings.start_from:
-        return first_network(training, settings)
+        return None
     earlier = read(settings.start_from)
     for name in (*NETWORK, "validation"):  # with fewer held out, it knows some of them by heart
         own, other = getattr(settings, name), getattr(settings_of(earlier), name)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.augment import Augmentation, cover, mirror, shift, shrink
+from helpers.augment import Augmentation, alter, cover, mirror, shift, shrink
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -62,6 +62,44 @@ def test_mirror_touches_only_the_chosen() -> None:
     assert torch.equal(mirrored[1], images[1])
     assert torch.equal(mirrored[2].flip(2), images[2])
     assert torch.equal(mirrored[3], images[3])
+
+
+def test_alter_touches_only_the_chosen_and_no_other_chance() -> None:
+    images, which = some_images(40), torch.arange(40) % 2 == 0
+    colour = torch.tensor([1.0, 2.0, 3.0])
+    before = torch.get_rng_state()
+    altered = alter(images, which, seeded(1), colour)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert altered.dtype == torch.uint8 and altered.shape == images.shape
+    same = (altered == images).flatten(1).all(dim=1)
+    assert same[~which].all()
+    assert same[which].float().mean() < 0.5  # one operation of fourteen is to do nothing
+    torch.rand(5)
+    assert torch.equal(alter(images, which, seeded(1), colour), altered)
+    assert not torch.equal(alter(images, which, seeded(2), colour), altered)
+
+
+def test_what_comes_in_where_an_image_was_moved_has_the_colour_asked_for() -> None:
+    white = torch.full((200, 3, 32, 32), 255, dtype=torch.uint8)
+    colour = torch.tensor([10.0, 20.0, 30.0])
+    altered = alter(white, torch.ones(200, dtype=torch.bool), seeded(), colour)
+    filled = (altered == colour.view(1, 3, 1, 1)).all(dim=1)
+    assert filled.flatten(1).any(dim=1).sum() > 40  # five of the fourteen operations move
+
+
+def test_the_share_of_altered_images_is_the_one_asked_for() -> None:
+    images, index = some_images(400), torch.arange(400)
+    augment = Augmentation(400, 0, False, seeded(), trivial_augment=0.25)
+    changed = (augment(images, index, 0) != images).flatten(1).any(dim=1)
+    assert 0.15 < changed.float().mean() < 0.28
+    again = (augment(images, index, 1) != images).flatten(1).any(dim=1)
+    assert not torch.equal(changed, again)  # others in the next epoch
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=r"trivial_augment=.* use a share from 0 to 1"):
+        Augmentation(10, 2, True, seeded(), trivial_augment=share)
 
 
 def test_mirror_alternates_between_epochs() -> None:

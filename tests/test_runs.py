@@ -83,7 +83,8 @@ REFUSED = {
     "seed": NOT_WHOLE, "validation": NOT_WHOLE, "train_images": NOT_WHOLE,
     "basic_images": (*NOT_WHOLE, 0), "stem_filters": (*NOT_WHOLE, 7), "stem_stride": NOT_WHOLE,
     "epochs": (*NOT_WHOLE, 0), "batch_size": (*NOT_WHOLE, 0), "translate": NOT_WHOLE,
-    "cutout": (*NOT_WHOLE, 32), "measure_training_every": (*NOT_WHOLE, 0),
+    "cutout": (*NOT_WHOLE, 32), "start_from": NOT_A_NAME, "trivial_augment": (*NOT_REAL, 1.1),
+    "measure_training_every": (*NOT_WHOLE, 0),
     "learning_rate": NOT_REAL, "momentum": (*NOT_REAL, 1), "adam_learning_rate": NOT_REAL,
     "label_smoothing": (*NOT_REAL, 1), "skip_easy": (*NOT_REAL, 1), "temperature": (*NOT_REAL, 0.5),
     "widths": (*NOT_WHOLES, []), "first_sizes": (*NOT_WHOLES, [33], [7]),
@@ -423,6 +424,16 @@ def test_accuracy_and_cost_of_everything_that_was_trained(
     both = 256 + 1024  # positions in an image of 16×16, as in the first epoch, and in a whole one
     blocks = 2 * 3 * 3 * both + 2 * 3 * 2 + 2 * 3 * both  # two 1×1 convolutions, fc, weighted sum
     assert table.loc["run", "work"] == 3 * 160 * (blocks + 2 * 3 * 10)
+
+
+def test_a_record_from_before_there_was_a_parameter_is_of_its_default(
+    folder: Path, tiny_images: data.ImageData
+) -> None:
+    old, new = (write_run(small(name), tiny_images) for name in ("old", "new"))
+    del old.config["start_from"], old.config["trivial_augment"], old.config["skip_easy"]
+    assert runs.what_counts(old) == runs.what_counts(new)
+    assert runs.differences(old, new) == runs.differences(new, old) == "–"
+    assert runs.lineage(old) == [old]
 
 
 def test_committed_records_say_what_they_must() -> None:

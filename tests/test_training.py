@@ -63,6 +63,45 @@ def test_measuring_more_often_does_not_change_the_training(
     assert measured.batches["loss"].tolist() == run.batches["loss"].tolist()
 
 
+def test_a_run_can_go_on_from_the_weights_of_another(tiny_images: data.ImageData) -> None:
+    first, earlier = quiet(tiny_images, dataclasses.replace(SMALL, run="earlier"))
+    settings = dataclasses.replace(SMALL, run="later", start_from="earlier", epochs=1)
+    begun = training.earlier_network(settings, tiny_images.name)
+    for ours, theirs in zip(begun.state_dict().values(), first.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    _, later = quiet(tiny_images, settings)
+    assert later.batches["loss"].iloc[0] < earlier.batches["loss"].iloc[0]
+    assert later.batches["learning_rate"].iloc[0] == settings.learning_rate
+    seconds = [run.metrics["train_seconds"] for run in (earlier, later)]
+    assert runs.training_seconds(earlier) == seconds[0]
+    assert runs.training_seconds(later) == sum(seconds)
+    assert runs.seeds_of(later)["train_seconds"].tolist() == [sum(seconds)]
+    work = [runs.training_work(run) for run in (earlier, later)]
+    assert work[1] == pytest.approx(work[0] * 4 / 3)  # three epochs, and then one more
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"widths": [8, 4]}, r"its widths is \[8, 8\], and here it is \[8, 4\]"),
+        ({"gate": "sigmoid"}, "its gate is 'softmax'"),
+        ({"validation": 16}, "its validation is 0, and here it is 16"),
+    ],
+)
+def test_a_run_does_not_go_on_from_what_does_not_fit(
+    changed: dict, said: str, tiny_images: data.ImageData
+) -> None:
+    quiet(tiny_images, dataclasses.replace(SMALL, run="earlier", epochs=1))
+    settings = dataclasses.replace(SMALL, run="later", start_from="earlier", **changed)
+    with pytest.raises(runs.ParameterError, match=f"start_from = 'earlier': {said}"):
+        quiet(tiny_images, settings)
+    with pytest.raises(runs.ParameterError, match="trained on stand-in, and the data here is"):
+        training.earlier_network(dataclasses.replace(SMALL, start_from="earlier"), "cifar10")
+    with pytest.raises(runs.RunError, match="no run nothing"):
+        quiet(tiny_images, dataclasses.replace(SMALL, run="later", start_from="nothing"))
+    assert runs.names() == ["earlier"] and not (runs.RUNS / "later").exists()
+
+
 def test_clean_training_images_are_measured_as_often_as_asked(
     tiny_images: data.ImageData,
 ) -> None:
