@@ -21,7 +21,7 @@ from matplotlib.patches import Circle, FancyBboxPatch, Patch, Polygon
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
-from helpers.data import ROOT
+from helpers.data import IMAGE_SIZE, ROOT
 from helpers.evaluation import Calibration, interval
 from helpers.model import BlockNetwork, layer_table
 from helpers.runs import write_aside
@@ -506,25 +506,32 @@ def accuracy_by_cost(compared: pd.DataFrame, published: tuple[float, float, floa
 
 @figure
 def accuracy_by_epoch(
-    history: pd.DataFrame, published: float | None = None, first_sizes: Sequence[int] = ()
+    history: pd.DataFrame,
+    published: float | None = None,
+    sizes: Sequence[int] = (),
+    restarts: Sequence[int] = (),
 ) -> Figure:
     """Training, test and (where there is one) validation accuracy after each epoch.
 
     Args:
         history: a run's `history`, accuracies as fractions of one.
         published: an accuracy to draw as a line for comparison, or None.
-        first_sizes: of the images in the first epochs, in pixels; those epochs are shaded.
+        sizes: of the images in the epochs, in pixels; epochs of smaller than whole ones are shaded.
+        restarts: epochs with which a run began that went on from another; a line is before each.
     """
     drawn, axes = plt.subplots()
     begin = 0.5
-    for size, epochs in itertools.groupby(first_sizes):
+    above = {"xycoords": ("data", "axes fraction"), "color": REFERENCE, "fontsize": 9, "va": "top"}
+    for size, epochs in itertools.groupby(sizes):
         end = begin + len(list(epochs))
-        axes.axvspan(begin, end, color="0.93", linewidth=0)
-        axes.annotate(
-            f"learnt from\n{size}×{size}", ((begin + end) / 2, 0.985),
-            xycoords=("data", "axes fraction"), ha="center", va="top", color=REFERENCE, fontsize=9,
-        )  # fmt: skip
+        if size < IMAGE_SIZE:
+            axes.axvspan(begin, end, color="0.93", linewidth=0)
+            where = ((begin + end) / 2, 0.985)
+            axes.annotate(f"learnt from\n{size}×{size}", where, ha="center", **above)
         begin = end
+    for epoch in restarts:
+        axes.axvline(epoch - 0.5, color=REFERENCE, linewidth=0.8, linestyle=":")
+        axes.annotate(" begun again", (epoch - 0.5, 0.985), **above)
     for column, name, colour, style in (
         ("training_accuracy_running", "training, while learning", TRAINING, "o-"),
         ("training_accuracy", "training, clean images", TRAINING, "D--"),

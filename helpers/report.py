@@ -243,14 +243,14 @@ def draw_plots(run: runs.Run, label: str) -> Path:
     Returns:
         that folder.
     """
-    settings = runs.settings_of(run)
+    settings, whole = runs.settings_of(run), runs.whole_training(run)
     figures.use_style()
     drawn = {
         "02_block": figures.block_diagram(),
         "02_network": figures.network_diagram(settings.network()),
-        "03_batch_losses": figures.batch_losses(run.batches),
+        "03_batch_losses": figures.batch_losses(whole.batches),
         "03_accuracy_by_epoch": figures.accuracy_by_epoch(
-            run.history, evaluation.PUBLISHED, settings.first_sizes
+            whole.history, evaluation.PUBLISHED, runs.image_sizes(run), runs.restarts(run)
         ),
     }
     for name, figure in drawn.items():

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -801,14 +802,16 @@ def seeds_of(run: Run, among: list[Run] | None = None) -> pd.DataFrame:
 
 
 def what_counts(run: Run) -> dict[str, Any]:
-    """What a run's accuracy and time depend on, but for the seed: the kind of device and what it
-    calculates with, and the configuration without what does not change the training."""
+    """What a run's accuracy and time depend on, but for the seed (also of the run that it went on
+    from): the kind of device and what it calculates with, and the configuration without what does
+    not change the training."""
     ignored = (
         "seed", "device", "precision", "run", "basic_images", "measure_training_every", "version",
     )  # fmt: skip
     known = parameters_of(run)
     counts = {name: value for name, value in known.items() if name not in ignored}
-    return counts | {"kind": kind_of(run)}
+    before = re.sub(r"-seed\d+(-\d+)?$", "", known["start_from"])
+    return counts | {"kind": kind_of(run), "start_from": before}
 
 
 def parameters_of(run: Run) -> dict[str, Any]:
@@ -823,13 +826,58 @@ def default_parameters() -> dict[str, Any]:
 
 
 def lineage(run: Run) -> list[Run]:
-    """A run and those whose weights it went on from, each from the next: most often itself alone.
+    """The runs of a whole training: those from whose weights each next one went on, and at last the
+    given run, most often the only one.
 
     Raises:
         RunError: one of them is not on record.
     """
     before = run.config.get("start_from")
-    return [run, *(lineage(read(before)) if before else [])]
+    return [*(lineage(read_start(before, run.config["seed"])) if before else []), run]
+
+
+def read_start(name: str, seed: int) -> Run:
+    """The run that `start_from` names: of that name or, if none is finished, of that name with the
+    same seed, so that one preset can go on from the runs of another.
+
+    Raises:
+        RunError: there is neither, or it cannot be read.
+    """
+    known = names()
+    for candidate in (name, f"{name}-seed{seed}"):
+        if candidate in known:
+            return read(candidate)
+    raise RunError(
+        f"Parameter start_from = {name!r}: there is no finished run {name} or {name}-seed{seed}; "
+        f"make it with notebook 03, or name another (there are: {', '.join(known) or 'none'})."
+    )
+
+
+def whole_training(run: Run) -> Run:
+    """A run whose history and batches begin with those of the runs that it went on from, the epochs
+    counted on."""
+    histories, batches, before = [], [], 0
+    for one in lineage(run):
+        histories.append(one.history.assign(epoch=one.history["epoch"] + before))
+        batches.append(one.batches.assign(epoch=one.batches["epoch"] + before))
+        before += len(one.history)
+    history, batches = (pd.concat(parts, ignore_index=True) for parts in (histories, batches))
+    return dataclasses.replace(run, history=history, batches=batches)
+
+
+def image_sizes(run: Run) -> list[int]:
+    """The size of the images in each epoch of a whole training."""
+    return [
+        settings.image_size(epoch)
+        for settings in map(settings_of, lineage(run))
+        for epoch in range(1, settings.epochs + 1)
+    ]
+
+
+def restarts(run: Run) -> list[int]:
+    """The epochs of a whole training with which runs began that went on from another."""
+    ends = itertools.accumulate(len(one.history) for one in lineage(run)[:-1])
+    return [end + 1 for end in ends]
 
 
 def training_seconds(run: Run) -> float:

@@ -36,7 +36,7 @@ from helpers.runs import (
     load_network,
     pick_device,
     pick_precision,
-    read,
+    read_start,
     settings_of,
     surroundings,
     training_parts,
@@ -476,7 +476,7 @@ def earlier_network(settings: Settings, dataset: str) -> nn.Module | None:
     """
     if not settings.start_from:
         return None
-    earlier = read(settings.start_from)
+    earlier = read_start(settings.start_from, settings.seed)
     for name in (*NETWORK, "validation"):  # with fewer held out, it knows some of them by heart
         own, other = getattr(settings, name), getattr(settings_of(earlier), name)
         if own != other:

@@ -78,6 +78,31 @@ def test_a_run_can_go_on_from_the_weights_of_another(tiny_images: data.ImageData
     assert runs.seeds_of(later)["train_seconds"].tolist() == [sum(seconds)]
     work = [runs.training_work(run) for run in (earlier, later)]
     assert work[1] == pytest.approx(work[0] * 4 / 3)  # three epochs, and then one more
+    whole = runs.whole_training(later)
+    assert whole.history["epoch"].tolist() == [1, 2, 3, 4]
+    assert whole.history["loss"].tolist() == [*earlier.history["loss"], *later.history["loss"]]
+    assert whole.batches["epoch"].drop_duplicates().tolist() == [1, 2, 3, 4]
+    assert runs.image_sizes(later) == [32] * 4
+    assert runs.restarts(later) == [4] and runs.restarts(earlier) == []
+
+
+def test_each_seed_goes_on_from_the_run_of_its_own(tiny_images: data.ImageData) -> None:
+    began = {}
+    for seed in (0, 1):
+        settings = dataclasses.replace(SMALL, seed=seed, epochs=1, run=f"first-seed{seed}")
+        began[seed], _ = quiet(tiny_images, settings)
+    then = [
+        quiet(tiny_images, dataclasses.replace(SMALL, seed=seed, start_from=start, run=f"{seed}"))
+        for seed, start in ((0, "first"), (1, "first-seed1"))
+    ]
+    assert [[one.name for one in runs.lineage(run)] for _, run in then] == [
+        ["first-seed0", "0"], ["first-seed1", "1"],
+    ]  # fmt: skip
+    assert runs.seeds_of(then[0][1])["seed"].tolist() == [0, 1]
+    settings = dataclasses.replace(SMALL, seed=1, start_from="first")
+    network = training.earlier_network(settings, tiny_images.name)
+    for ours, theirs in zip(network.parameters(), began[1].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +122,7 @@ def test_a_run_does_not_go_on_from_what_does_not_fit(
         quiet(tiny_images, settings)
     with pytest.raises(runs.ParameterError, match="trained on stand-in, and the data here is"):
         training.earlier_network(dataclasses.replace(SMALL, start_from="earlier"), "cifar10")
-    with pytest.raises(runs.RunError, match="no run nothing"):
+    with pytest.raises(runs.RunError, match=r"'nothing': .* \(there are: earlier\)"):
         quiet(tiny_images, dataclasses.replace(SMALL, run="later", start_from="nothing"))
     assert runs.names() == ["earlier"] and not (runs.RUNS / "later").exists()
 
