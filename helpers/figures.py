@@ -392,7 +392,8 @@ def cost_by_branches(blocks: pd.DataFrame, steps: pd.DataFrame) -> Figure:
         if own["L"].nunique() > 1
     }
     for axes, curves in ((left, cases), (right, {"whole network": steps})):
-        for (name, own), colour in zip(curves.items(), COLOURS):
+        colours = COLOURS if axes is left else ["black"]
+        for (name, own), colour in zip(curves.items(), colours):
             for form, line in (("branches", "--"), ("auto", "o-")):
                 one = own[own["form"] == form].sort_values("L")
                 label = name if form == "auto" else None
@@ -400,7 +401,7 @@ def cost_by_branches(blocks: pd.DataFrame, steps: pd.DataFrame) -> Figure:
         axes.set_xticks(sorted(steps["L"].unique()))
         axes.grid(axis="y", alpha=0.4)
         axes.legend(fontsize=DIAGRAM_TEXT)
-        axes.set_xlabel("branches L (dashed: as written)")
+        axes.set_xlabel("branches L (dashed: as written, solid: as built)")
         _large(axes)
     left.set(title="a block, over one plain convolution (float32)", ylabel="time, as a ratio")
     right.set_title("a training step, over that with L = 1")
@@ -461,11 +462,14 @@ def _names_beside(axes: Axes, names: pd.Series, x: pd.Series, y: pd.Series) -> N
     low, high = axes.get_ylim()
     place = -np.inf
     for number in y.sort_values().index:
-        place = max(place + 0.065, (y[number] - low) / (high - low))
+        place = max(place + 0.06, (y[number] - low) / (high - low))
         axes.annotate(
             names[number], (x[number], y[number]), (1.03, place), textcoords="axes fraction",
             va="center", fontsize=DIAGRAM_TEXT,
-            arrowprops={"arrowstyle": "-", "color": "0.75", "linewidth": 0.8, "shrinkB": 4},
+            arrowprops={
+                "arrowstyle": "-", "color": "0.75", "linewidth": 0.8, "shrinkB": 4,
+                "relpos": (0, 0.5),  # from the middle of the name's left side
+            },
         )  # fmt: skip
 
 
@@ -477,7 +481,7 @@ def accuracy_by_cost(compared: pd.DataFrame, published: tuple[float, float, floa
         compared: `runs.by_cost()`; bars are standard deviations over seeds.
         published: accuracy, minutes and multiply-adds of the answer to compare with.
     """
-    drawn, panels = plt.subplots(1, 2, figsize=(1.6 * WIDTH, 4.8), sharey=True)
+    drawn, panels = plt.subplots(1, 2, figsize=(1.6 * WIDTH, 5.4), sharey=True)
     for axes, column, other in zip(panels, ("minutes", "work"), published[1:]):
         for (kind, own), colour in zip(compared.groupby("kind"), (TEST, TRAINING, *COLOURS[2:])):
             axes.errorbar(
@@ -532,9 +536,10 @@ def accuracy_by_epoch(
     for epoch in restarts:
         axes.axvline(epoch - 0.5, color=REFERENCE, linewidth=0.8, linestyle=":")
         axes.annotate(" begun again", (epoch - 0.5, 0.985), **above)
+    every = "D--" if history["training_accuracy"].notna().all() else "D"
     for column, name, colour, style in (
         ("training_accuracy_running", "training, while learning", TRAINING, "o-"),
-        ("training_accuracy", "training, clean images", TRAINING, "D--"),
+        ("training_accuracy", "training, clean images", TRAINING, every),
         ("validation_accuracy", "validation", VALIDATION, "^-"),
         ("test_accuracy", "test", TEST, "s-"),
     ):
@@ -649,7 +654,7 @@ def robustness(table: pd.DataFrame) -> Figure:
         axes.set_xticks(rows["step"], names, rotation=60, fontsize=9)
         axes.set_xlabel(kind)
         axes.grid(axis="y", alpha=0.4)
-    panels[0].set_ylabel(f"test accuracy in % (n = {table['images'].iloc[0]:,})")
+    panels[0].set_ylabel(f"accuracy in % (n = {table['images'].iloc[0]:,})")
     return drawn
 
 
@@ -710,9 +715,10 @@ def entropies_by_epoch(history: pd.DataFrame) -> Figure:
     """The mean entropy of each block's a after each epoch, as a share of its maximum."""
     columns = [name for name in history if name.startswith("entropy_")]
     drawn, axes = plt.subplots()
-    for name, colour in zip(columns, sns.color_palette("viridis", len(columns))):
+    colours = sns.color_palette("viridis", len(columns))
+    for name, colour, marker in zip(columns, colours, itertools.cycle("osD^vP")):
         block = name.removeprefix("entropy_")
-        axes.plot(history["epoch"], history[name], "o-", color=colour, label=block)
+        axes.plot(history["epoch"], history[name], marker=marker, color=colour, label=block)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes.set(xlabel="epoch", ylabel="entropy of a (share of log L)", ylim=(0, 1.03))
     axes.legend(ncols=3)

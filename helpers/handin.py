@@ -40,7 +40,7 @@ INTRODUCTION = """# CIFAR-10 with input-weighted convolution blocks
 This is the whole report in one notebook: the modules of its code first, then five chapters: the
 data, the model, the training, what came of it, and the weights *a*. It needs no file beside it. On
 Google Colab choose a runtime with a GPU, and run all cells: CIFAR-10 is downloaded, and everything
-that the notebook imports is there already. The outputs are those of the run named above."""
+that the notebook imports is there already. The outputs are those of the run `{run}`."""
 CODE = """## The code
 
 Each of the following cells writes a module into the folder `helpers/`, in the order in which they
@@ -105,7 +105,7 @@ def make_notebook(chapters: list[NotebookNode], run: runs.Run) -> NotebookNode:
     """
     notebook = new_notebook(metadata=dict(chapters[0].metadata))
     notebook.cells = [
-        new_markdown_cell(INTRODUCTION.format(result=report.result(run))),
+        new_markdown_cell(INTRODUCTION.format(run=run.name, result=report.result(run))),
         new_markdown_cell(CODE),
         code("from pathlib import Path\n\nPath('helpers').mkdir(exist_ok=True)"),
         *(cell for name in MODULES for cell in module_cells(name)),

@@ -19,6 +19,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pandas as pd
@@ -467,6 +468,7 @@ def make_pdf(run: runs.Run, drawn: Path, target: Path) -> None:
 def pdf_content(run: runs.Run) -> dict:
     """Every number of the PDF as text, from the records."""
     settings, seeds = runs.settings_of(run), runs.seeds_of(run)
+    parameters = runs.parameters_of(run)
     accuracy, minutes = 100 * seeds["test_accuracy"], seeds["train_seconds"] / 60
     spread = f"{len(seeds)} seeds (mean ± standard deviation)" if len(seeds) > 1 else "1 seed"
     result = (
@@ -483,6 +485,7 @@ def pdf_content(run: runs.Run) -> dict:
         "seed": str(settings.seed),
         "best": best_of(seeds) + not_chosen(accuracy.mean() / 100, made),
         "every": settings.measure_training_every,
+        "skips": settings.skip_easy > 0,
         "activation": settings.activation,
         "gate": settings.gate,
         "stem": bool(settings.stem_filters),
@@ -496,13 +499,14 @@ def pdf_content(run: runs.Run) -> dict:
             for _, row in layers.iterrows()
         ],
         "hyperparameters": [
-            [name.replace("_", " "), in_short(run.config[name])]
+            [name.replace("_", " "), in_short(parameters[name])]
             for name in (
                 "widths", "branches", "kernel_size", "gate", "stem_filters", "epochs",
                 "first_sizes", "batch_size", "learning_rate", "momentum", "adam_learning_rate",
-                "label_smoothing", "translate", "cutout", "skip_easy",
+                "label_smoothing", "translate", "cutout", "trivial_augment", "skip_easy",
+                "start_from",
             )
-            if run.config[name]
+            if parameters[name]
         ],
         "clean_statistics": run.config.get("statistics") == "clean images",
         "half": run.metrics["hardware"].get("precision") == "bfloat16",
@@ -515,7 +519,7 @@ def pdf_content(run: runs.Run) -> dict:
         ],
         "history": [
             [
-                row.run, str(row.n), f"{row.accuracy:.2%}", f"{row.minutes:.1f}",
+                row.run, str(row.n), with_deviation(row), f"{row.minutes:.1f}", row.kind,
                 f"{evaluation.PUBLISHED_WORK / row.work:,.0f}",
             ]
             for row in made.itertuples()
@@ -547,6 +551,12 @@ def not_chosen(accuracy: float, made: pd.DataFrame) -> str:
         f" {', '.join(higher)}, in the history below, ended higher and {was} not made the result "
         "for it, since the test set is to choose nothing."
     )
+
+
+def with_deviation(row: Any) -> str:
+    """The test accuracy of a row of `runs.by_cost` in per cent, with its standard deviation."""
+    spread = f" ± {100 * row.deviation:.2f}" if row.n > 1 else ""
+    return f"{100 * row.accuracy:.2f}{spread}"
 
 
 def in_short(value: object) -> str:
