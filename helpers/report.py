@@ -440,6 +440,15 @@ def result(run: runs.Run) -> str:
 # ---- the PDF
 
 
+# Parameters that are called there more plainly than in the code.
+IN_THE_PDF = {
+    "learning_rate": "learning rate (Muon)",
+    "momentum": "momentum (Muon)",
+    "adam_learning_rate": "learning rate (Adam)",
+    "start_from": "begun with weights of",
+}
+
+
 def make_pdf(run: runs.Run, drawn: Path, target: Path) -> None:
     """Typeset the sheet's PDF, at most three pages, from the records and the saved figures.
 
@@ -499,7 +508,7 @@ def pdf_content(run: runs.Run) -> dict:
             for _, row in layers.iterrows()
         ],
         "hyperparameters": [
-            [name.replace("_", " "), in_short(parameters[name])]
+            [IN_THE_PDF.get(name, name.replace("_", " ")), in_short(parameters[name])]
             for name in (
                 "widths", "branches", "kernel_size", "gate", "stem_filters", "epochs",
                 "first_sizes", "batch_size", "learning_rate", "momentum", "adam_learning_rate",
