@@ -42,6 +42,7 @@ def recorded() -> tuple[set[str], set[str]]:
                 accuracies.add(f"{100 * run.metrics[name]:.2f}")
                 accuracies.add(mean_and_deviation(100 * seeds[name].astype(float), 2))
         minutes.add(mean_and_deviation(seeds["train_seconds"] / 60, 1))
+    accuracies.add(f"{100 * runs.read('restarted-seed0').history['test_accuracy'].iloc[-2]:.2f}")
     for history in runs.RUNS.glob("choice-*/history.csv"):
         accuracies.add(f"{100 * pd.read_csv(history)['validation_accuracy'].iloc[-1]:.2f}")
     return accuracies, minutes
@@ -103,6 +104,12 @@ def test_the_readmes_ratios_are_those_of_the_records() -> None:
         ],
         "after 2.2 times as long": [
             (10 * seconds("wide-blocks-seed0") / seconds("full-seed0"), 22)
+        ],
+        "after 4.2 times as long": [
+            (
+                10 * runs.training_seconds(runs.read("restarted-seed0")) / seconds("full-seed0"),
+                42,
+            )
         ],
         "at a third more arithmetic": [(3 * nine / six, 4)],
         "take an eighth less time": [(8 * small_first, 7)],
