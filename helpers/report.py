@@ -115,7 +115,7 @@ def make_report(preset: str, seed: int) -> Path:
     )
     images = data.load_data()
     dataset, drawn = images.name, data.ROOT / "figures" / runs.label(settings, images)
-    training.earlier_network(settings, dataset)  # can it be had, if one is named?
+    training.earlier_network(settings, images)  # can it be had, if one is named?
     with runs.Record(settings, images):  # can it be written and, if it is there, continued?
         pass
     durations = {}

@@ -706,8 +706,8 @@ def check_same_data(run: Run, images: ImageData) -> None:
     if run.metrics["dataset"] != images.name:
         raise RunError(
             f"Run {run.name} was trained on {run.metrics['dataset']}, and the data here is "
-            f"{images.name}: make a run on this data with notebook 03, or name one with the "
-            "parameter run."
+            f"{images.name}: make a run on this data with notebook 03, or name one "
+            "that was."
         )
 
 
@@ -815,8 +815,8 @@ def what_counts(run: Run) -> dict[str, Any]:
 
 
 def parameters_of(run: Run) -> dict[str, Any]:
-    """The configuration of a run. What was no parameter yet when it was made has its default, with
-    which nothing is as it was not then."""
+    """The configuration of a run. A parameter that did not exist yet when it was made has its
+    default, which changes nothing."""
     return default_parameters() | run.config
 
 

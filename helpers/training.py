@@ -33,6 +33,7 @@ from helpers.runs import (
     Run,
     Settings,
     check_batches,
+    check_same_data,
     load_network,
     pick_device,
     pick_precision,
@@ -368,7 +369,7 @@ def train(
     """
     device = pick_device(settings.device)
     check_batches(settings, settings.images_of(len(images.train)))
-    begin_with = earlier_network(settings, images.name)
+    begin_with = earlier_network(settings, images)
     torch.set_flush_denormal(True)  # tiny numbers are slow on a CPU and change nothing
     keep_freed_memory()
     with Record(settings, images, report) as record:
@@ -466,13 +467,13 @@ def first_network(training: ImageSet, settings: Settings) -> nn.Module:
     return network.to(memory_format=torch.channels_last)
 
 
-def earlier_network(settings: Settings, dataset: str) -> nn.Module | None:
+def earlier_network(settings: Settings, images: ImageData) -> nn.Module | None:
     """The network of the run `start_from`, if one is named. Trained further, its learning rates
     fall once more (warm restarts: Loshchilov and Hutter, arXiv 1608.03983).
 
     Raises:
-        ParameterError: that run has another network, or was trained on other images.
-        RunError: it or its weights cannot be read.
+        ParameterError: that run has another network, or other images were held out of it.
+        RunError: it was trained on other data, or it or its weights cannot be read.
     """
     if not settings.start_from:
         return None
@@ -484,12 +485,7 @@ def earlier_network(settings: Settings, dataset: str) -> nn.Module | None:
                 f"Parameter start_from = {earlier.name!r}: its {name} is {other!r}, and here it is "
                 f"{own!r}; begin with a run that has the same network and the same images."
             )
-    if earlier.metrics["dataset"] != dataset:
-        raise ParameterError(
-            f"Parameter start_from = {earlier.name!r}: it was trained on "
-            f"{earlier.metrics['dataset']}, and the data here is {dataset}; begin with a run on "
-            "the same data."
-        )
+    check_same_data(earlier, images)
     return load_network(earlier)
 
 

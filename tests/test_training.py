@@ -66,7 +66,7 @@ def test_measuring_more_often_does_not_change_the_training(
 def test_a_run_can_go_on_from_the_weights_of_another(tiny_images: data.ImageData) -> None:
     first, earlier = quiet(tiny_images, dataclasses.replace(SMALL, run="earlier"))
     settings = dataclasses.replace(SMALL, run="later", start_from="earlier", epochs=1)
-    begun = training.earlier_network(settings, tiny_images.name)
+    begun = training.earlier_network(settings, tiny_images)
     for ours, theirs in zip(begun.state_dict().values(), first.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
     _, later = quiet(tiny_images, settings)
@@ -100,7 +100,7 @@ def test_each_seed_goes_on_from_the_run_of_its_own(tiny_images: data.ImageData) 
     ]  # fmt: skip
     assert runs.seeds_of(then[0][1])["seed"].tolist() == [0, 1]
     settings = dataclasses.replace(SMALL, seed=1, start_from="first")
-    network = training.earlier_network(settings, tiny_images.name)
+    network = training.earlier_network(settings, tiny_images)
     for ours, theirs in zip(network.parameters(), began[1].parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -120,8 +120,9 @@ def test_a_run_does_not_go_on_from_what_does_not_fit(
     settings = dataclasses.replace(SMALL, run="later", start_from="earlier", **changed)
     with pytest.raises(runs.ParameterError, match=f"start_from = 'earlier': {said}"):
         quiet(tiny_images, settings)
-    with pytest.raises(runs.ParameterError, match="trained on stand-in, and the data here is"):
-        training.earlier_network(dataclasses.replace(SMALL, start_from="earlier"), "cifar10")
+    real = dataclasses.replace(tiny_images, name="cifar10")
+    with pytest.raises(runs.RunError, match="trained on stand-in, and the data here is"):
+        training.earlier_network(dataclasses.replace(SMALL, start_from="earlier"), real)
     with pytest.raises(runs.RunError, match=r"'nothing': .* \(there are: earlier\)"):
         quiet(tiny_images, dataclasses.replace(SMALL, run="later", start_from="nothing"))
     assert runs.names() == ["earlier"] and not (runs.RUNS / "later").exists()
