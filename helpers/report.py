@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import io
 import itertools
 import json
@@ -46,7 +47,7 @@ SEQUENCE = (
 )  # fmt: skip
 TRAINING = "03_training"
 # Parameters of a run that have no place in its full cell of parameters.
-UNDECLARED = {"measure_training_every", "start_from", "trivial_augment"}
+UNDECLARED = {"measure_training_every", "start_from", "statistics", "trivial_augment"}
 # The preset whose run of seed 0 is the result: 04 and 05 analyse it, its weights are kept.
 BEST = "full"
 
@@ -115,6 +116,8 @@ def make_report(preset: str, seed: int) -> Path:
     )
     images = data.load_data()
     dataset, drawn = images.name, data.ROOT / "figures" / runs.label(settings, images)
+    parameters |= {"start_from": earlier_run(settings, folder)}
+    settings = runs.settings_from(parameters)
     training.earlier_network(settings, images)  # can it be had, if one is named?
     with runs.Record(settings, images):  # can it be written and, if it is there, continued?
         pass
@@ -130,6 +133,31 @@ def make_report(preset: str, seed: int) -> Path:
     write_explorer(finished, images, folder / "explorer.html")
     make_pdf(finished, drawn, folder / "report.pdf")
     return index
+
+
+def earlier_run(settings: runs.Settings, folder: Path) -> str:
+    """The run that a preset's run begins with, if any. Where `start_from` is another preset, that
+    is its run of the same seed; if there is none whose weights are here, it is made first.
+
+    Args:
+        folder: where the notebook goes that makes it.
+
+    Raises:
+        ReportError: that notebook stopped.
+    """
+    start = settings.start_from
+    if start not in presets():
+        return start
+    stem = f"{start}-seed{settings.seed}"
+    with contextlib.suppress(runs.RunError):
+        if (runs.RUNS / (made := runs.latest(stem)) / "weights.pt").is_file():
+            return made
+    run = runs.free_name(stem)
+    print(f"It goes on from a run of the preset {start}, which is made first: {run}.", flush=True)
+    parameters = read_preset(start) | {"seed": settings.seed, "run": run}
+    notebook, _ = execute(TRAINING, folder / f"{TRAINING}_{start}.ipynb", parameters)
+    keep(notebook, run)
+    return run
 
 
 def execute(name: str, target: Path, parameters: dict) -> tuple[NotebookNode, float]:
@@ -517,7 +545,7 @@ def pdf_content(run: runs.Run) -> dict:
             )
             if parameters[name]
         ],
-        "clean_statistics": run.config.get("statistics") == "clean images",
+        "statistics": settings.statistics,
         "half": run.metrics["hardware"].get("precision") == "bfloat16",
         "seeds": [
             [

@@ -32,6 +32,8 @@ from helpers.model import ACTIVATIONS, GATES, BlockNetwork, layer_table
 RUNS = ROOT / "notebooks" / "runs"
 BENCHMARKS = ROOT / "notebooks" / "benchmarks"  # of `make bench`, a folder a kind of CPU
 VERSION = 2  # of the records; to be raised when an older program could misread a newer record
+# From which the means and variances of batch normalisation are, see `training.settle_statistics`.
+STATISTICS = ("clean images", "augmented images", "running")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -176,6 +178,7 @@ class Settings:
     cutout: int = whole(0, 0, 31)
     trivial_augment: float = real(0.0, 0.0, 1.0)  # share of images altered by TrivialAugment
     skip_easy: float = real(0.0, 0.0, 0.9)  # share of the easier images that an epoch leaves out
+    statistics: str = choice("clean images", STATISTICS)  # of batch normalisation, after the end
     # the measuring
     measure_training_every: int = whole(1, 1, 10_000)  # epochs; the test set after each of them
 
@@ -404,7 +407,6 @@ class Record:
         self.interruptions, self.over = 0, False
         config = dataclasses.asdict(settings) | {
             "run": self.name, "dataset": images.name, "version": VERSION,
-            "statistics": "clean images",  # see `training.settle_statistics`; older runs lack it
         }  # fmt: skip
         self.config = json.loads(json.dumps(config))  # as it reads back: with lists for tuples
 
@@ -714,7 +716,7 @@ def check_same_data(run: Run, images: ImageData) -> None:
 def settings_of(run: Run) -> Settings:
     """The settings that a run was made with."""
     known = {field.name for field in dataclasses.fields(Settings)}
-    return Settings(**{name: value for name, value in run.config.items() if name in known})
+    return Settings(**{name: value for name, value in parameters_of(run).items() if name in known})
 
 
 def load_network(run: Run) -> nn.Module:
@@ -816,8 +818,8 @@ def what_counts(run: Run) -> dict[str, Any]:
 
 def parameters_of(run: Run) -> dict[str, Any]:
     """The configuration of a run. A parameter that did not exist yet when it was made has its
-    default, which changes nothing."""
-    return default_parameters() | run.config
+    default, which changes nothing; but for `statistics`, which stayed as they were."""
+    return default_parameters() | {"statistics": "running"} | run.config
 
 
 @functools.cache  # its checks build a network

@@ -184,6 +184,14 @@ def importance(losses: Tensor, skip: float, generator: torch.Generator) -> Tenso
     return torch.where(easy, 1 / (1 - skip), 1.0).masked_fill(skipped, 0.0)
 
 
+def augmentation_of(settings: Settings, images: int, generator: torch.Generator) -> Augmentation:
+    """How a run varies a set of so many images."""
+    return Augmentation(
+        images, settings.translate, settings.flip, generator, settings.cutout,
+        settings.trivial_augment,
+    )  # fmt: skip
+
+
 class Underway:
     """All that changes while a network is trained, so all that is needed to go on.
 
@@ -201,10 +209,7 @@ class Underway:
         self.optimizers = make_optimizers(network, settings, self.precision)
         # Shuffling and augmentation draw from this generator and from no other.
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self.augmentation = Augmentation(
-            len(training), settings.translate, settings.flip, self.generator, settings.cutout,
-            settings.trivial_augment,
-        )  # fmt: skip
+        self.augmentation = augmentation_of(settings, len(training), self.generator)
         self.loader = training_loader(
             training, settings.batch_size, self.augmentation, self.generator
         )
@@ -403,7 +408,7 @@ def train_and_record(
             raise
         if underway.epoch == settings.epochs:
             before = row["seconds"]
-            row["seconds"] += settle_statistics(underway.network, training)
+            row["seconds"] += settle_statistics(underway.network, training, settings)
             row["images_per_second"] *= before / row["seconds"]
             round_to_half(underway.network)
         last = underway.epoch == settings.epochs
@@ -514,17 +519,26 @@ def measure(
     }
 
 
-def settle_statistics(network: nn.Module, training: ImageSet) -> float:
-    """Estimate the means and variances of batch normalisation anew, from clean training images.
+def settle_statistics(network: nn.Module, training: ImageSet, settings: Settings) -> float:
+    """Estimate the means and variances of batch normalisation anew, as `settings.statistics` says.
 
-    While training they follow the last few batches, whose images are shifted and partly covered;
-    the images to be classified are not (Wu and Johnson, arXiv 2105.07576). Returns the seconds it
-    took, which are part of training.
+    While training they follow the last few batches (`"running"`: they stay so). Estimated from many
+    images they are exact: either for `"clean images"`, as they are to be classified (Wu and
+    Johnson, arXiv 2105.07576), or for `"augmented images"`, as they were learnt from. Returns the
+    seconds it took, which are part of training.
     """
     begin, batch = time.perf_counter(), 500
+    if settings.statistics == "running":
+        return 0.0
     whole = len(training) // batch * batch or len(training)  # all batches count alike
     some = training.subset(torch.arange(min(whole, IMAGES_FOR_STATISTICS)))
-    update_bn(evaluation_loader(some, batch), network, training.images.device)
+    if settings.statistics == "clean images":
+        loader = evaluation_loader(some, batch)
+    else:  # from draws of its own, so that they can be made again from the weights alone
+        generator = torch.Generator().manual_seed(settings.seed)
+        augmentation = augmentation_of(settings, len(some), generator)
+        loader = training_loader(some, batch, augmentation, generator)
+    update_bn(loader, network, training.images.device)
     return time.perf_counter() - begin
 
 

@@ -26,7 +26,6 @@ from helpers import report, runs
 from helpers.data import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
-PRESETS = ("eight-minutes", "full", "hour", "quick", "smoke", "study")
 # As helpers/__init__.py states it: the order in which an image travels.
 ORDER = re.findall(r"\w+(?=\s*→)|(?<=→)\s*\w+", helpers.__doc__)
 ORDER = tuple(dict.fromkeys(module.strip() for module in ORDER))
@@ -135,7 +134,7 @@ def test_every_parameter_is_declared_somewhere() -> None:
     assert set(read_preset("quick")) == known - {"seed", "run"}
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", report.presets())
 def test_presets_can_be_used(preset: str) -> None:
     parameters = read_preset(preset)
     assert runs.Settings(**parameters).preset == preset

@@ -120,6 +120,35 @@ def test_the_notebook_that_stops_is_named_and_kept(
 # ---- executing
 
 
+def test_a_run_to_go_on_from_is_made_first_unless_its_weights_are_here(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Preset `b` begins with the runs of preset `a`; of that one's seed 1 there are two."""
+    monkeypatch.setattr(report, "presets", lambda: ["a", "b"])
+    monkeypatch.setattr(report, "read_preset", lambda name: {"preset": name})
+    executed = []
+    monkeypatch.setattr(
+        report, "execute", lambda *given: executed.append(given) or (nbformat.v4.new_notebook(), 1)
+    )
+    for name in ("a-seed0", "a-seed1", "a-seed1-2"):
+        (runs.RUNS / name).mkdir(parents=True)
+        (runs.RUNS / name / "metrics.json").touch()
+    (runs.RUNS / "a-seed1-2" / "weights.pt").touch()
+    (runs.RUNS / "a-seed0-2").mkdir()  # under way
+
+    def begin(start: str, seed: int) -> str:
+        settings = runs.Settings(preset="b", seed=seed, start_from=start)
+        return report.earlier_run(settings, project / "report")
+
+    assert begin("", 1) == "" and begin("some-run", 1) == "some-run"
+    assert begin("a", 1) == "a-seed1-2" and not executed
+    assert begin("a", 0) == "a-seed0-2"
+    ((name, _, parameters),) = executed
+    assert name == report.TRAINING
+    assert parameters == {"preset": "a", "seed": 0, "run": "a-seed0-2"}
+    assert (runs.RUNS / "a-seed0-2" / "03_training.ipynb").is_file()
+
+
 def test_execute_gives_declared_parameters_and_stores_no_path(
     project: Path, capfd: pytest.CaptureFixture
 ) -> None:

@@ -93,6 +93,7 @@ REFUSED = {
     "strides": (*NOT_WHOLES, 0),
     "gate": (*NOT_A_NAME, "Softmax"), "activation": (*NOT_A_NAME, "swish"),
     "precision": (*NOT_A_NAME, "", "float16", "bfloat16x2"),
+    "statistics": (*NOT_A_NAME, "", "clean", "Running"),
     "flip": (None, 1, 0.0, "true", "yes", [True]), "normalise": (None, 1, 0.0, "true", [True]),
 }  # fmt: skip
 
@@ -180,7 +181,7 @@ def test_a_name_that_papermill_injects_and_nobody_knows_is_refused() -> None:
 
 
 def test_presets_are_complete_and_pass_the_checks() -> None:
-    expected = {"smoke", "eight-minutes", "quick", "hour", "full", "study"}
+    expected = {"smoke", "eight-minutes", "quick", "hour", "wide-blocks", "full", "study"}
     assert {path.stem for path in PRESETS} == expected
     for path in PRESETS:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -436,6 +437,9 @@ def test_a_record_from_before_there_was_a_parameter_is_of_its_default(
     assert runs.what_counts(old) == runs.what_counts(new)
     assert runs.differences(old, new) == runs.differences(new, old) == "–"
     assert runs.lineage(old) == [old]
+    del old.config["statistics"]  # of batch normalisation: then they were not estimated anew
+    assert runs.settings_of(old).statistics == "running"
+    assert runs.what_counts(old) != runs.what_counts(new)
 
 
 def test_committed_records_say_what_they_must() -> None:

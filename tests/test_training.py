@@ -185,6 +185,34 @@ def test_the_last_statistics_are_those_of_clean_whole_images(
     assert norm.momentum == 0.4  # as before
 
 
+def test_the_last_statistics_can_be_those_of_augmented_images(tiny_images: data.ImageData) -> None:
+    """Of images altered as the run alters them: drawn from its seed, not from what it has drawn."""
+    settings = dataclasses.replace(SMALL, cutout=16, statistics="augmented images", seed=5)
+    network = training.first_network(tiny_images.train, SMALL)
+    training.settle_statistics(network, tiny_images.train, SMALL)
+    norm = network.between[0][1]
+    clean = norm.running_mean.clone()
+    seen: list[torch.Tensor] = []
+    handle = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    training.settle_statistics(network, tiny_images.train, settings)
+    handle.remove()
+    maps = torch.cat(seen)
+    torch.testing.assert_close(norm.running_mean, maps.mean(dim=(0, 2, 3)), atol=2e-4, rtol=2e-4)
+    assert not torch.allclose(norm.running_mean, clean, atol=1e-3)
+    augmented = norm.running_mean.clone()
+    torch.randn(9)
+    training.settle_statistics(network, tiny_images.train, settings)
+    assert torch.equal(norm.running_mean, augmented)
+
+
+def test_running_statistics_stay_as_they_are(tiny_images: data.ImageData) -> None:
+    network = training.first_network(tiny_images.train, SMALL)
+    before = network.between[0][1].running_mean.clone()
+    running = dataclasses.replace(SMALL, statistics="running")
+    assert training.settle_statistics(network, tiny_images.train, running) == 0
+    assert torch.equal(network.between[0][1].running_mean, before)
+
+
 def test_no_batch_of_the_last_statistics_is_smaller_than_the_others(
     tiny_images: data.ImageData,
 ) -> None:
@@ -192,9 +220,9 @@ def test_no_batch_of_the_last_statistics_is_smaller_than_the_others(
     index = torch.arange(501) % (len(tiny_images.train) - 1)
     index[-1] = len(tiny_images.train) - 1
     network = training.first_network(tiny_images.train, SMALL)
-    training.settle_statistics(network, tiny_images.train.subset(index))
+    training.settle_statistics(network, tiny_images.train.subset(index), SMALL)
     left_out = network.between[0][1].running_mean.clone()
-    training.settle_statistics(network, tiny_images.train.subset(index[:-1]))
+    training.settle_statistics(network, tiny_images.train.subset(index[:-1]), SMALL)
     assert torch.equal(left_out, network.between[0][1].running_mean)
 
 
