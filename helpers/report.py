@@ -473,7 +473,6 @@ IN_THE_PDF = {
     "learning_rate": "learning rate (Muon)",
     "momentum": "momentum (Muon)",
     "adam_learning_rate": "learning rate (Adam)",
-    "start_from": "begun with weights of",
 }
 
 
@@ -505,7 +504,7 @@ def make_pdf(run: runs.Run, drawn: Path, target: Path) -> None:
 def pdf_content(run: runs.Run) -> dict:
     """Every number of the PDF as text, from the records."""
     settings, seeds = runs.settings_of(run), runs.seeds_of(run)
-    parameters = runs.parameters_of(run)
+    parts = [runs.parameters_of(one) for one in runs.lineage(run)]
     accuracy, minutes = 100 * seeds["test_accuracy"], seeds["train_seconds"] / 60
     spread = f"{len(seeds)} seeds (mean ± standard deviation)" if len(seeds) > 1 else "1 seed"
     result = (
@@ -523,6 +522,8 @@ def pdf_content(run: runs.Run) -> dict:
         "best": best_of(seeds) + not_chosen(accuracy.mean() / 100, made),
         "every": settings.measure_training_every,
         "skips": settings.skip_easy > 0,
+        "altered": settings.trivial_augment > 0,
+        "restarted": len(parts) > 1,
         "activation": settings.activation,
         "gate": settings.gate,
         "stem": bool(settings.stem_filters),
@@ -536,14 +537,13 @@ def pdf_content(run: runs.Run) -> dict:
             for _, row in layers.iterrows()
         ],
         "hyperparameters": [
-            [IN_THE_PDF.get(name, name.replace("_", " ")), in_short(parameters[name])]
+            [IN_THE_PDF.get(name, name.replace("_", " ")), in_turn([part[name] for part in parts])]
             for name in (
                 "widths", "branches", "kernel_size", "gate", "stem_filters", "epochs",
                 "first_sizes", "batch_size", "learning_rate", "momentum", "adam_learning_rate",
                 "label_smoothing", "translate", "cutout", "trivial_augment", "skip_easy",
-                "start_from",
             )
-            if parameters[name]
+            if any(part[name] for part in parts)
         ],
         "statistics": settings.statistics,
         "half": run.metrics["hardware"].get("precision") == "bfloat16",
@@ -596,8 +596,16 @@ def with_deviation(row: Any) -> str:
     return f"{100 * row.accuracy:.2f}{spread}"
 
 
+def in_turn(values: list[object]) -> str:
+    """A parameter of the runs of a whole training, one after the other, as text."""
+    said = [in_short(value) for value in values]
+    return said[0] if len(set(said)) == 1 else ", then ".join(said)
+
+
 def in_short(value: object) -> str:
     """A parameter as text; of a list with repetitions, how often each value comes."""
+    if value == []:
+        return "none"
     if not isinstance(value, list) or len(value) < 8:
         return str(value)
     return ", ".join(f"{len(list(same))} × {one}" for one, same in itertools.groupby(value))
