@@ -12,7 +12,9 @@ result is `report/handin.zip`.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
+import pprint
 import re
 import sys
 import zipfile
@@ -49,6 +51,17 @@ START = """## What can be changed
 
 All parameters of the report. They are checked before anything is computed, and the images are read
 once for all chapters."""
+
+EARLIER = """**A training before the training.** The run of chapter 3 does not begin with fresh
+weights but with those that another one, named by `start_from`, ended with. That one has the same
+parameters but for these."""
+TRAIN_EARLIER = """from dataclasses import replace
+
+from helpers import training
+
+first = settings.start_from
+if first and first not in runs.names():
+    training.train(images, replace(settings, run=first, start_from="", **of_the_first))"""
 
 
 class HandinError(Exception):
@@ -141,12 +154,13 @@ def module_cells(name: str) -> list[NotebookNode]:
 
 
 def starting_cells(chapters: list[NotebookNode], run: runs.Run) -> list[NotebookNode]:
-    """Imports, one cell with the parameters of all chapters, their check, and the data."""
+    """Imports, one cell with the parameters of all chapters, their check, the data, and the run
+    from which the given one went on, if any."""
     lines: dict[str, str] = {}
     for chapter in sorted(chapters, key=lambda chapter: -len(parameters_of(chapter))):
-        for line in parameters_of(chapter):
-            name, comment = re.match(r"(\w+) = .*?(  # .*)", line).groups()
-            value = "" if name == "run" else run.config[name]  # a run of its own
+        for line in parameters_of(chapter) + undeclared():
+            name, comment = re.match(r"(\w+)(?: =|:) .*?(  # .*)", line).groups()
+            value = "" if name == "run" else runs.parameters_of(run)[name]  # a run of its own
             lines.setdefault(
                 name, f"{name} = {json.dumps(value) if isinstance(value, str) else value}{comment}"
             )
@@ -158,7 +172,48 @@ def starting_cells(chapters: list[NotebookNode], run: runs.Run) -> list[Notebook
         parameters,
         code("settings = runs.check_parameters(globals())"),
         load,
+        *earlier_cells(runs.lineage(run)[:-1], run),
     ]
+
+
+def undeclared() -> list[str]:
+    """The lines of the parameters that only presets give, from that of the notebooks' defaults."""
+    preset = report.NOTEBOOKS / "parameters" / f"{runs.Settings().preset}.yaml"
+    lines = preset.read_text(encoding="utf-8").split("\n")
+    return [line for line in lines if line.split(":")[0] in report.UNDECLARED]
+
+
+def earlier_cells(before: list[runs.Run], run: runs.Run) -> list[NotebookNode]:
+    """The training of the run from which the given one went on: why, and the cell with what it
+    printed. Nothing where there is none.
+
+    Raises:
+        HandinError: its record holds no executed notebook, or it went on from another one itself.
+    """
+    if not before:
+        return []
+    if len(before) > 1:
+        raise HandinError(f"{run.name} went on from {len(before)} runs; one can be handed in.")
+    earlier, own = (dataclasses.asdict(runs.settings_of(one)) for one in (*before, run))
+    others = ("preset", "seed", "run", "start_from", "basic_images")
+    changed = {name: value for name, value in earlier.items() if value != own[name]}
+    changed = {name: value for name, value in changed.items() if name not in others}
+    path = before[0].folder / f"{report.TRAINING}.ipynb"
+    return [
+        new_markdown_cell(EARLIER),
+        code(f"of_the_first = {pprint.pformat(changed, sort_dicts=False, compact=True)}"),
+        new_markdown_cell("Its lines are explained in chapter 3."),
+        code(TRAIN_EARLIER, printed_by_training(path)),
+    ]
+
+
+def printed_by_training(path: Path) -> str:
+    """What the cell that trains has printed in an executed training notebook."""
+    if not path.is_file():
+        raise HandinError(f"{runs.place(path)} is missing; make the run again with notebook 03.")
+    cells = nbformat.read(path, as_version=4).cells
+    (cell,) = (cell for cell in cells if "training.train(images" in cell.source)
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
 
 
 def parameters_of(chapter: NotebookNode) -> list[str]:
