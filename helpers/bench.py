@@ -37,7 +37,7 @@ SHAPES = (
     (256, 256, 4),
 )  # fmt: skip
 SWEPT = (24, 32, 32), (64, 128, 16), (128, 128, 8), (128, 128, 4)  # for which L is varied
-# With branches of 3×3 and 1×1, as the presets have them: quick's and full's.
+# With branches of 3×3 and 1×1, as the presets quick and hour have them.
 MIXED = (32, 128, 16), (128, 128, 8), (96, 384, 16), (384, 384, 8), (384, 384, 4)
 BRANCHES = (1, 2, 4, 8)
 ROUNDS, REPEATS = 5, 1  # rounds in which the candidates take turns; runs of each in a round

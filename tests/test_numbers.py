@@ -94,23 +94,17 @@ def test_the_readmes_ratios_are_those_of_the_records() -> None:
     def seconds(run: str) -> float:
         return runs.read(run).metrics["train_seconds"]
 
+    def longer(run: str) -> float:
+        return runs.training_seconds(runs.read(run)) / seconds("hour-seed0")
+
     slower = plain_convolutions("AVX2", "float32") / plain_convolutions("AVX512", "bfloat16")
     nine, six = (runs.training_work(runs.read(f"choice-95-{name}")) for name in ("nine", "base"))
     small_first = seconds("choice-small-first") / seconds("choice-whole")
     stated = {
         "take five to nine times as long": [(slower.min(), 5), (slower.max(), 9)],
-        "after 1.4 times as long": [
-            (10 * seconds("nine-blocks-seed0") / seconds("full-seed0"), 14)
-        ],
-        "after 2.2 times as long": [
-            (10 * seconds("wide-blocks-seed0") / seconds("full-seed0"), 22)
-        ],
-        "after 4.2 times as long": [
-            (
-                10 * runs.training_seconds(runs.read("restarted-seed0")) / seconds("full-seed0"),
-                42,
-            )
-        ],
+        "after 1.4 times as long": [(10 * longer("nine-blocks-seed0"), 14)],
+        "after 2.2 times as long": [(10 * longer("wide-blocks-seed0"), 22)],
+        "after 4.2 times as long": [(10 * longer("restarted-seed0"), 42)],
         "at a third more arithmetic": [(3 * nine / six, 4)],
         "take an eighth less time": [(8 * small_first, 7)],
     }
