@@ -513,14 +513,13 @@ def pdf_content(run: runs.Run) -> dict:
         f"n = {spread}, last epoch, no test-time augmentation."
     )
     made = runs.by_cost(run.metrics["dataset"])
-    layers = model.layer_table(settings.network()).reset_index()
     choices = runs.choices(run.metrics["dataset"])
     return {
         "stand_in": "" if run.metrics["dataset"] == "cifar10" else STAND_IN,
         "result": result,
         "seed": str(settings.seed),
         "best": best_of(seeds) + not_chosen(accuracy.mean() / 100, made),
-        "every": settings.measure_training_every,
+        "measured": when_measured(parts),
         "skips": settings.skip_easy > 0,
         "altered": settings.trivial_augment > 0,
         "restarted": len(parts) > 1,
@@ -529,13 +528,7 @@ def pdf_content(run: runs.Run) -> dict:
         "stem": bool(settings.stem_filters),
         "flip": settings.flip,
         "residual": bool(settings.residual),
-        "layers": [
-            [
-                row["layer"], row["what"], row["output"], f"{row['parameters']:,}",
-                f"{row['multiply-adds as written'] / 1e6:.2f}",
-            ]
-            for _, row in layers.iterrows()
-        ],
+        "layers": layers_in_short(model.layer_table(settings.network())),
         "hyperparameters": [
             [IN_THE_PDF.get(name, name.replace("_", " ")), in_turn([part[name] for part in parts])]
             for name in (
@@ -568,6 +561,27 @@ def pdf_content(run: runs.Run) -> dict:
     }  # fmt: skip
 
 
+def layers_in_short(layers: pd.DataFrame) -> list[list[str]]:
+    """The rows of `model.layer_table` as text, what follows a block in the row of the block: layer,
+    what, output, parameters, and multiply-adds in millions."""
+    rows: list[pd.Series] = []
+    for name, row in layers.iterrows():
+        if name.startswith("after"):
+            before, row = rows.pop(), row.copy()
+            row["what"] = f"{before['what']}; {row['what']}"
+            for number in ("parameters", "multiply-adds as written"):
+                row[number] += before[number]
+            row.name = before.name
+        rows.append(row)
+    return [
+        [
+            row.name, row["what"], row["output"], f"{row['parameters']:,}",
+            f"{row['multiply-adds as written'] / 1e6:.2f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+
+
 def best_of(seeds: pd.DataFrame) -> str:
     """The sentence on the best accuracy, from `runs.seeds_of`."""
     best = seeds.loc[seeds["test_accuracy"].idxmax()]
@@ -594,6 +608,15 @@ def with_deviation(row: Any) -> str:
     """The test accuracy of a row of `runs.by_cost` in per cent, with its standard deviation."""
     spread = f" ± {100 * row.deviation:.2f}" if row.n > 1 else ""
     return f"{100 * row.accuracy:.2f}{spread}"
+
+
+def when_measured(parts: list[dict[str, Any]]) -> str:
+    """After which epochs the clean training images were measured in a whole training, whose runs
+    have these parameters; in words."""
+    every = min(part["measure_training_every"] for part in parts)
+    if all(part["measure_training_every"] >= part["epochs"] for part in parts):
+        return "at the end of each training" if len(parts) > 1 else "at the end"
+    return "after each epoch" if every == 1 else f"after every {every} epochs"
 
 
 def in_turn(values: list[object]) -> str:

@@ -85,17 +85,19 @@ def test_the_plots_of_the_sheet_show_every_batch_and_every_epoch() -> None:
 
 
 def test_epochs_of_small_images_are_shaded_with_one_label_for_each_size() -> None:
-    drawn = figures.accuracy_by_epoch(HISTORY, sizes=[16, 16, 16, 24, 32]).axes[0]
-    said = [text.get_text() for text in drawn.texts]
-    assert said == ["learnt from\n16×16", "learnt from\n24×24"]
+    drawn = figures.accuracy_by_epoch(HISTORY, sizes=[16, 16, 16, 24] + 26 * [32]).axes[0]
+    assert [text.get_text() for text in drawn.texts] == ["16×16", "24×24"]
     assert [text.xy[0] for text in drawn.texts] == [2, 4]
+    assert [text.get_rotation() for text in drawn.texts] == [90, 90], "too narrow for a word"
     assert [patch.get_x() for patch in drawn.patches] == [0.5, 3.5]
+    named = [text.get_text() for text in drawn.get_legend().get_texts()]
+    assert named.count("learnt from smaller images") == 1
 
 
 def test_where_a_run_went_on_from_another_is_a_line() -> None:
     drawn = figures.accuracy_by_epoch(HISTORY, sizes=[16, 32, 32], restarts=[2]).axes[0]
     said = [text.get_text().strip() for text in drawn.texts]
-    assert said == ["learnt from\n16×16", "begun again"]
+    assert said == ["16×16", "begun again"]
     assert drawn.texts[1].xy[0] == 1.5
 
 

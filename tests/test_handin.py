@@ -17,7 +17,7 @@ import nbformat
 import pytest
 import yaml
 
-from helpers import data, handin, report, runs
+from helpers import data, handin, report, runs, training
 
 # Run by every Python that finds it: forgets the project, which is installed in the environment.
 FORGET = """
@@ -64,6 +64,22 @@ def test_parameters_and_outputs_are_those_of_the_best_network(
     for part in runs.lineage(best):
         epochs = part.metrics["epochs"]
         assert len(re.findall(rf"epoch +\d+/{epochs} ", outputs)) == epochs
+
+
+def test_the_first_of_two_trainings_is_made_unless_it_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[runs.Settings] = []
+    monkeypatch.setattr(training, "train", lambda images, settings: made.append(settings))
+    monkeypatch.setattr(runs, "names", lambda: [one.run for one in made])
+    settings = runs.Settings(preset="two", start_from="first", epochs=30, first_sizes=[])
+    names = {"settings": settings, "images": None, "runs": runs, "of_the_first": {"epochs": 40}}
+    for _ in range(2):
+        exec(handin.TRAIN_EARLIER, names)
+    (first,) = made
+    assert first == dataclasses.replace(settings, run="first", start_from="", epochs=40)
+    exec(handin.TRAIN_EARLIER, names | {"settings": runs.Settings()})
+    assert len(made) == 1, "a run with fresh weights needs none"
 
 
 def test_a_record_without_its_notebook_is_named(tmp_path: Path, best: runs.Run) -> None:

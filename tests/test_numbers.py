@@ -16,7 +16,7 @@ import pytest
 
 from helpers import data, figures, report, runs, study
 from helpers.data import ROOT
-from helpers.evaluation import PUBLISHED, mean_and_deviation
+from helpers.evaluation import mean_and_deviation
 
 # Percentages that no run of ours gave.
 CITED = {
@@ -199,16 +199,9 @@ def test_the_kept_plots_are_those_of_the_recorded_run(
 ) -> None:
     """What the README and the PDF show is seed 0's. The numbers drawn are compared, as an SVG holds
     them."""
-    run = runs.read(f"{preset}-seed0")
-    figures.use_style()
-    sizes = runs.settings_of(run).first_sizes
-    drawn = {
-        "03_batch_losses": figures.batch_losses(run.batches),
-        "03_accuracy_by_epoch": figures.accuracy_by_epoch(run.history, PUBLISHED, sizes),
-    }
     monkeypatch.setattr(figures, "ROOT", tmp_path)
-    for name, figure in drawn.items():
-        figures.save(figure, name, preset)
+    report.draw_plots(runs.read(f"{preset}-seed0"), preset)
+    for name in ("03_batch_losses", "03_accuracy_by_epoch"):
         kept, fresh = (
             (root / "figures" / preset / f"{name}.svg").read_text(encoding="utf-8")
             for root in (ROOT, tmp_path)

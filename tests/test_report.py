@@ -348,8 +348,34 @@ def test_pdf_has_three_pages_at_most_and_its_numbers_are_the_records(tmp_path: P
     assert 2 <= len(list(tmp_path.glob("*.svg"))) <= 3
     content = report.pdf_content(run)
     assert f"{100 * run.metrics['test_accuracy']:.2f}" in str(content["seeds"])
-    assert ["epochs", str(run.metrics["epochs"])] in content["hyperparameters"]
-    assert len(content["layers"]) == len(model.layer_table(runs.settings_of(run).network()))
+    epochs = ", then ".join(str(one.metrics["epochs"]) for one in runs.lineage(run))
+    assert ["epochs", epochs] in content["hyperparameters"]
+    table = model.layer_table(runs.settings_of(run).network())
+    layers = content["layers"]
+    assert [layer[0] for layer in layers] == [name for name in table.index if "after" not in name]
+    numbers = [int(layer[3].replace(",", "")) for layer in layers]
+    assert sum(numbers) == table["parameters"].sum() == run.metrics["parameters"]
+
+
+def test_parameters_of_two_trainings_stand_one_after_the_other_where_they_differ() -> None:
+    assert report.in_turn([250, 250]) == "250"
+    assert report.in_turn([[16] * 9 + [24] * 2, []]) == "9 × 16, 2 × 24, then none"
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ([(1, 6)], "after each epoch"),
+        ([(4, 12)], "after every 4 epochs"),
+        ([(30, 30)], "at the end"),
+        ([(40, 40), (30, 30)], "at the end of each training"),
+    ],
+)
+def test_the_pdf_says_when_training_images_were_measured(
+    parts: list[tuple[int, int]], said: str
+) -> None:
+    given = [{"measure_training_every": every, "epochs": epochs} for every, epochs in parts]
+    assert report.when_measured(given) == said
 
 
 def test_trainings_that_ended_higher_than_the_result_are_named() -> None:
