@@ -812,8 +812,13 @@ def what_counts(run: Run) -> dict[str, Any]:
     )  # fmt: skip
     known = parameters_of(run)
     counts = {name: value for name, value in known.items() if name not in ignored}
-    before = re.sub(r"-seed\d+(-\d+)?$", "", known["start_from"])
+    before = without_seed(known["start_from"])
     return counts | {"kind": kind_of(run), "start_from": before}
+
+
+def without_seed(name: str) -> str:
+    """What the runs of all seeds of a preset are called."""
+    return re.sub(r"-seed\d+(-\d+)?$", "", name)
 
 
 def parameters_of(run: Run) -> dict[str, Any]:
@@ -924,7 +929,7 @@ def by_cost(dataset: str = "cifar10") -> pd.DataFrame:
         known.append(what_counts(run))
         seeds = seeds_of(run, among)
         accuracy, minutes = seeds["test_accuracy"], seeds["train_seconds"] / 60
-        name = re.sub(r"-seed\d+(-\d+)?$", "", run.name)
+        name = without_seed(run.name)
         row = name, len(seeds), accuracy.mean(), accuracy.std(), minutes.mean(), kind_of(run)
         rows.append((*row, training_work(run)))
     return pd.DataFrame(rows, columns=columns)
