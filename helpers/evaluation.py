@@ -257,10 +257,19 @@ def driving(a: Tensor, count: int) -> Tensor:
     return a.topk(count, dim=0).indices.t()
 
 
-def kernel_similarity(block: IntermediateBlock) -> Tensor:
+def kernel_similarity(block: IntermediateBlock, middle: bool = False) -> Tensor:
     """The mean cosine between the kernels of any two branches, each bank out×in×k×k taken as one
-    vector, smaller kernels with zeros around them; NaN where L = 1."""
-    banks = stacked_kernels(block.branches).detach().flatten(1)
+    vector, smaller kernels with zeros around them; NaN where L = 1.
+
+    Args:
+        middle: compare them only where all have a weight, in the square of the smallest kernel.
+    """
+    banks = stacked_kernels(block.branches).detach()
+    if middle:
+        smallest = min(branch.kernel_size[0] for branch in block.branches)
+        rim = (banks.shape[-1] - smallest) // 2
+        banks = banks[..., rim : rim + smallest, rim : rim + smallest]
+    banks = banks.flatten(1)
     cosines = [
         torch.cosine_similarity(one, other, dim=0)
         for one, other in itertools.combinations(banks, 2)

@@ -202,7 +202,7 @@ def earlier_cells(before: list[runs.Run], run: runs.Run) -> list[NotebookNode]:
     return [
         new_markdown_cell(EARLIER),
         code(f"of_the_first = {pprint.pformat(changed, sort_dicts=False, compact=True)}"),
-        new_markdown_cell("Its lines are explained in chapter 3."),
+        new_markdown_cell("What the next cell prints is explained in chapter 3."),
         code(TRAIN_EARLIER, printed_by_training(path)),
     ]
 

@@ -74,7 +74,7 @@ WORDS = {
     "two": "two branches",
     "eight": "eight branches",
     "one-same-parameters": "one branch, so wide that it has as many parameters",
-    "one-same-arithmetic": "one branch, so wide that it takes as long to train",
+    "one-same-arithmetic": "one branch, so wide that it takes about as long to train",
     "kernels-1-3": "two branches of 3×3 and two of 1×1",
 }
 # From the sheet's basic network to that of the preset full: a change a step. The next steps keep
@@ -86,6 +86,7 @@ LADDER: dict[str, dict[str, Any]] = {
         "stem_filters": 0, "pool_after": [], "normalise": False, "activation": "none",
         "first_sizes": [], "epochs": 2, "label_smoothing": 0.0, "translate": 0, "flip": False,
         "learning_rate": 0.007, "adam_learning_rate": 0.0014,  # a linear a takes no more
+        "statistics": "running",
     },
     "batch-norm": {"normalise": True},
     "activation": {"activation": "silu"},

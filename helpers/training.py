@@ -522,9 +522,10 @@ def measure(
 def settle_statistics(network: nn.Module, training: ImageSet, settings: Settings) -> float:
     """Estimate the means and variances of batch normalisation anew, as `settings.statistics` says.
 
-    While training they follow the last few batches (`"running"`: they stay so). Estimated from many
-    images they are exact: either for `"clean images"`, as they are to be classified (Wu and
-    Johnson, arXiv 2105.07576), or for `"augmented images"`, as they were learnt from. Returns the
+    While training they follow the last few batches (`"running"`: they stay so). Estimated from
+    10,000 training images they are no longer those of a moment: either of `"clean images"`, as they
+    are to be classified (Wu and Johnson, arXiv 2105.07576), or of `"augmented images"`, as they
+    were learnt from. Returns the
     seconds it took, which are part of training.
     """
     begin, batch = time.perf_counter(), 500

@@ -14,7 +14,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from helpers import data, figures, report, runs, study
+from helpers import data, evaluation, figures, report, runs, study
 from helpers.data import ROOT
 from helpers.evaluation import mean_and_deviation
 
@@ -42,6 +42,8 @@ def recorded() -> tuple[set[str], set[str]]:
                 accuracies.add(f"{100 * run.metrics[name]:.2f}")
                 accuracies.add(mean_and_deviation(100 * seeds[name].astype(float), 2))
         minutes.add(mean_and_deviation(seeds["train_seconds"] / 60, 1))
+    best = runs.read(report.best_run()).metrics["test_accuracy"]
+    accuracies |= {f"{100 * end:.2f}" for end in evaluation.interval(round(10_000 * best), 10_000)}
     accuracies.add(f"{100 * runs.read('restarted-seed0').history['test_accuracy'].iloc[-2]:.2f}")
     for history in runs.RUNS.glob("choice-*/history.csv"):
         accuracies.add(f"{100 * pd.read_csv(history)['validation_accuracy'].iloc[-1]:.2f}")

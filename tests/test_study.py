@@ -251,6 +251,9 @@ def test_similarity_of_kernels_and_the_branch_that_leads() -> None:
         to_large, to_small = math.copysign(1, factor), 1 / math.sqrt(3)
         expected = (to_large + to_small + math.copysign(to_small, factor)) / 3
         assert float(evaluation.kernel_similarity(block)) == pytest.approx(expected)
+        in_the_middle = (1 + 2 * math.copysign(1, factor)) / 3
+        similarity = evaluation.kernel_similarity(block, middle=True)
+        assert float(similarity) == pytest.approx(in_the_middle)
     assert evaluation.kernel_similarity(BlockNetwork([4], branches=1).blocks[0]).isnan()
     a = torch.tensor([[0.5, 0.3, 0.2], [0.1, -0.8, 0.1], [0.2, 0.5, 0.3], [0.6, 0.2, 0.2]])
     assert evaluation.leading_shares(a).tolist() == [0.5, 0.5, 0.0]
