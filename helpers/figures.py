@@ -717,9 +717,10 @@ def entropies_by_epoch(history: pd.DataFrame) -> Figure:
     columns = [name for name in history if name.startswith("entropy_")]
     drawn, axes = plt.subplots()
     colours = sns.color_palette("viridis", len(columns))
+    every = math.ceil(len(history) / 30)  # more markers than that hide the lines
     for name, colour, marker in zip(columns, colours, itertools.cycle("osD^vP")):
-        block = name.removeprefix("entropy_")
-        axes.plot(history["epoch"], history[name], marker=marker, color=colour, label=block)
+        block, style = name.removeprefix("entropy_"), {"marker": marker, "markevery": every}
+        axes.plot(history["epoch"], history[name], color=colour, label=block, **style)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes.set(xlabel="epoch", ylabel="entropy of a (share of log L)", ylim=(0, 1.03))
     axes.legend(ncols=3)
