@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, FancyBboxPatch, Patch, Polygon
 from matplotlib.ticker import LogLocator, NullFormatter
+from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from helpers.data import IMAGE_SIZE, ROOT
@@ -436,8 +437,12 @@ def _large(axes: Axes) -> None:
 
 
 @figure
-def batch_losses(batches: pd.DataFrame) -> Figure:
-    """The loss of every training batch, with its mean over the last 20 batches."""
+def batch_losses(batches: pd.DataFrame, restarts: Sequence[int] = ()) -> Figure:
+    """The loss of every training batch, with its mean over the last 20 batches.
+
+    Args:
+        restarts: epochs with which a run began that went on from another; a line is before each.
+    """
     drawn, axes = plt.subplots()
     step = np.arange(1, len(batches) + 1)
     axes.plot(step, batches["loss"], color=TRAINING, alpha=0.35, linewidth=0.8, label="each batch")
@@ -447,6 +452,10 @@ def batch_losses(batches: pd.DataFrame) -> Figure:
     apart = math.ceil(len(ends) / 12)  # epochs from one line to the next, so that they can be told
     for end in ends.iloc[apart - 1 : -1 : apart]:
         axes.axvline(end + 0.5, color=REFERENCE, linewidth=0.6, linestyle=":")
+    for epoch in restarts:
+        axes.axvline(ends[epoch - 1] + 0.5, color=REFERENCE, linewidth=0.8)
+        where = {"xycoords": ("data", "axes fraction"), "va": "top", "ha": "right"}
+        axes.annotate("begun again ", (ends[epoch - 1], 0.985), color=REFERENCE, **where)
     dotted = "ends of epochs" if apart == 1 else f"every {apart} epochs"
     axes.set(
         xlabel=f"training batch (n = {len(batches):,}; dotted: {dotted})",
@@ -458,11 +467,16 @@ def batch_losses(batches: pd.DataFrame) -> Figure:
 
 
 def _names_beside(axes: Axes, names: pd.Series, x: pd.Series, y: pd.Series) -> None:
-    """The names of points at the right of the axes, pushed apart, each with a line to its point."""
+    """The names of points at the right of the axes, pushed apart, each with a line to its point.
+
+    Where points are of one height, the left one's name is above, so that its line passes above the
+    other.
+    """
     low, high = axes.get_ylim()
-    place = -np.inf
-    for number in y.sort_values().index:
-        place = max(place + 0.06, (y[number] - low) / (high - low))
+    order = pd.DataFrame({"y": y.round(1), "x": -x}).sort_values(["y", "x"]).index
+    heights, gaps = (y[order] - low) / (high - low), 0.06 * np.arange(len(order))
+    places = isotonic_regression(heights - gaps).x + gaps  # the least pushing that parts them
+    for number, place in zip(order, places):
         axes.annotate(
             names[number], (x[number], y[number]), (1.03, place), textcoords="axes fraction",
             va="center", fontsize=DIAGRAM_TEXT,
@@ -508,6 +522,24 @@ def accuracy_by_cost(compared: pd.DataFrame, published: tuple[float, float, floa
     return drawn
 
 
+def _mark_epochs(axes: Axes, sizes: Sequence[int], restarts: Sequence[int]) -> None:
+    """Shade the epochs of small images, each size with its name, and draw a line before those that
+    began again; for `accuracy_by_epoch`, which explains both."""
+    begin, shade = 0.5, "learnt from smaller images"
+    above = {"xycoords": ("data", "axes fraction"), "color": REFERENCE, "fontsize": 9, "va": "top"}
+    for size, epochs in itertools.groupby(sizes):
+        end = begin + len(list(epochs))
+        if size < IMAGE_SIZE:
+            axes.axvspan(begin, end, color="0.93", linewidth=0, label=shade)
+            where, narrow = ((begin + end) / 2, 0.985), end - begin < 0.15 * len(sizes)
+            axes.annotate(f"{size}×{size}", where, ha="center", rotation=90 * narrow, **above)
+            shade = "_"  # named once
+        begin = end
+    for epoch in restarts:
+        axes.axvline(epoch - 0.5, color=REFERENCE, linewidth=0.8, linestyle=":")
+        axes.annotate(" begun again", (epoch - 0.5, 0.985), **above)
+
+
 @figure
 def accuracy_by_epoch(
     history: pd.DataFrame,
@@ -524,19 +556,7 @@ def accuracy_by_epoch(
         restarts: epochs with which a run began that went on from another; a line is before each.
     """
     drawn, axes = plt.subplots()
-    begin, shade = 0.5, "learnt from smaller images"
-    above = {"xycoords": ("data", "axes fraction"), "color": REFERENCE, "fontsize": 9, "va": "top"}
-    for size, epochs in itertools.groupby(sizes):
-        end = begin + len(list(epochs))
-        if size < IMAGE_SIZE:
-            axes.axvspan(begin, end, color="0.93", linewidth=0, label=shade)
-            where, narrow = ((begin + end) / 2, 0.985), end - begin < 0.15 * len(sizes)
-            axes.annotate(f"{size}×{size}", where, ha="center", rotation=90 * narrow, **above)
-            shade = "_"  # named once
-        begin = end
-    for epoch in restarts:
-        axes.axvline(epoch - 0.5, color=REFERENCE, linewidth=0.8, linestyle=":")
-        axes.annotate(" begun again", (epoch - 0.5, 0.985), **above)
+    _mark_epochs(axes, sizes, restarts)
     every = "D--" if history["training_accuracy"].notna().all() else "D"
     for column, name, colour, style in (
         ("training_accuracy_running", "training, while learning", TRAINING, "o-"),
@@ -712,18 +732,26 @@ def differences(compared: pd.DataFrame, base: str) -> Figure:
 
 
 @figure
-def entropies_by_epoch(history: pd.DataFrame) -> Figure:
-    """The mean entropy of each block's a after each epoch, as a share of its maximum."""
+def entropies_by_epoch(
+    history: pd.DataFrame, sizes: Sequence[int] = (), restarts: Sequence[int] = ()
+) -> Figure:
+    """The mean entropy of each block's a after each epoch, as a share of its maximum.
+
+    Args:
+        sizes, restarts: as of `accuracy_by_epoch`.
+    """
     columns = [name for name in history if name.startswith("entropy_")]
     drawn, axes = plt.subplots()
+    _mark_epochs(axes, sizes, restarts)
     colours = sns.color_palette("viridis", len(columns))
     every = math.ceil(len(history) / 30)  # more markers than that hide the lines
     for name, colour, marker in zip(columns, colours, itertools.cycle("osD^vP")):
         block, style = name.removeprefix("entropy_"), {"marker": marker, "markevery": every}
         axes.plot(history["epoch"], history[name], color=colour, label=block, **style)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    axes.set(xlabel="epoch", ylabel="entropy of a (share of log L)", ylim=(0, 1.03))
-    axes.legend(ncols=3)
+    axes.set(xlabel="epoch", ylabel="entropy of a (share of log L)", ylim=(0, 1.25))
+    axes.set_yticks(np.linspace(0, 1, 6))
+    axes.legend(handles=axes.get_lines()[len(restarts) :], ncols=3)
     return drawn
 
 

@@ -50,6 +50,7 @@ TRAINING = "03_training"
 UNDECLARED = {"measure_training_every", "start_from", "statistics", "trivial_augment"}
 # The preset whose run of seed 0 is the result: 04 and 05 analyse it, its weights are kept.
 BEST = "full"
+TEST_IMAGES = 10_000  # of CIFAR-10, and of the stand-in
 
 
 class ReportError(Exception):
@@ -277,7 +278,7 @@ def draw_plots(run: runs.Run, label: str) -> Path:
     drawn = {
         "02_block": figures.block_diagram(),
         "02_network": figures.network_diagram(settings.network()),
-        "03_batch_losses": figures.batch_losses(whole.batches),
+        "03_batch_losses": figures.batch_losses(whole.batches, runs.restarts(run)),
         "03_accuracy_by_epoch": figures.accuracy_by_epoch(
             whole.history, evaluation.PUBLISHED, runs.image_sizes(run), runs.restarts(run)
         ),
@@ -507,10 +508,12 @@ def pdf_content(run: runs.Run) -> dict:
     parts = [runs.parameters_of(one) for one in runs.lineage(run)]
     accuracy, minutes = 100 * seeds["test_accuracy"], seeds["train_seconds"] / 60
     spread = f"{len(seeds)} seeds (mean ± standard deviation)" if len(seeds) > 1 else "1 seed"
+    low, high = evaluation.interval(round(run.metrics["test_accuracy"] * TEST_IMAGES), TEST_IMAGES)
     result = (
         f"{mean_and_deviation(accuracy, 2)} % of the test images are classified correctly after "
-        f"{mean_and_deviation(minutes, 1)} minutes of training on {runs.machine_of(run)}; "
-        f"n = {spread}, last epoch, no test-time augmentation."
+        f"{mean_and_deviation(minutes, 1)} minutes of training on {machines(runs.lineage(run))}; "
+        f"n = {spread}, last epoch, no test-time augmentation. 95 % interval over images, for seed "
+        f"{settings.seed}: {100 * low:.2f} to {100 * high:.2f} %."
     )
     made = runs.by_cost(run.metrics["dataset"])
     choices = runs.choices(run.metrics["dataset"])
@@ -559,6 +562,15 @@ def pdf_content(run: runs.Run) -> dict:
             for row in choices.itertuples(index=False)
         ],
     }  # fmt: skip
+
+
+def machines(parts: list[runs.Run]) -> str:
+    """What the runs of a whole training were made on; if it was on several, the minutes of each."""
+    said = [runs.machine_of(part) for part in parts]
+    if len(set(said)) == 1:
+        return said[0]
+    minutes = (f"{part.metrics['train_seconds'] / 60:.1f}" for part in parts)
+    return ", then ".join(f"{machine}: {time}" for machine, time in zip(said, minutes))
 
 
 def layers_in_short(layers: pd.DataFrame) -> list[list[str]]:

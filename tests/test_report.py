@@ -357,6 +357,14 @@ def test_pdf_has_three_pages_at_most_and_its_numbers_are_the_records(tmp_path: P
     assert sum(numbers) == table["parameters"].sum() == run.metrics["parameters"]
 
 
+def test_a_training_on_two_machines_names_both() -> None:
+    first, second = (runs.read(f"{name}-seed0") for name in ("wide-blocks", "full"))
+    assert report.machines([second]) == runs.machine_of(second)
+    both = report.machines([first, second])
+    assert "AMD EPYC" in both and "Intel" in both
+    assert [float(minutes) for minutes in re.findall(r": (\d+\.\d)", both)] == [124.9, 111.5]
+
+
 def test_parameters_of_two_trainings_stand_one_after_the_other_where_they_differ() -> None:
     assert report.in_turn([250, 250]) == "250"
     assert report.in_turn([[16] * 9 + [24] * 2, []]) == "9 × 16, 2 × 24, then none"
