@@ -511,7 +511,7 @@ def pdf_content(run: runs.Run) -> dict:
     low, high = evaluation.interval(round(run.metrics["test_accuracy"] * TEST_IMAGES), TEST_IMAGES)
     result = (
         f"{mean_and_deviation(accuracy, 2)} % of the test images are classified correctly after "
-        f"{mean_and_deviation(minutes, 1)} minutes of training on {machines(runs.lineage(run))}; "
+        f"{mean_and_deviation(minutes, 1)} minutes of training{machines(runs.lineage(run))}; "
         f"n = {spread}, last epoch, no test-time augmentation. 95 % interval over images, for seed "
         f"{settings.seed}: {100 * low:.2f} to {100 * high:.2f} %."
     )
@@ -565,12 +565,13 @@ def pdf_content(run: runs.Run) -> dict:
 
 
 def machines(parts: list[runs.Run]) -> str:
-    """What the runs of a whole training were made on; if it was on several, the minutes of each."""
+    """On what the runs of a whole training were made; if it was on several, the minutes of each."""
     said = [runs.machine_of(part) for part in parts]
     if len(set(said)) == 1:
-        return said[0]
+        return f" on {said[0]}"
     minutes = (f"{part.metrics['train_seconds'] / 60:.1f}" for part in parts)
-    return ", then ".join(f"{machine}: {time}" for machine, time in zip(said, minutes))
+    each = [f"{time} on {machine}" for machine, time in zip(said, minutes)]
+    return f" ({', then '.join(each)})"
 
 
 def layers_in_short(layers: pd.DataFrame) -> list[list[str]]:
