@@ -745,13 +745,14 @@ def entropies_by_epoch(
     _mark_epochs(axes, sizes, restarts)
     colours = sns.color_palette("viridis", len(columns))
     every = math.ceil(len(history) / 30)  # more markers than that hide the lines
+    lines = []
     for name, colour, marker in zip(columns, colours, itertools.cycle("osD^vP")):
         block, style = name.removeprefix("entropy_"), {"marker": marker, "markevery": every}
-        axes.plot(history["epoch"], history[name], color=colour, label=block, **style)
+        lines += axes.plot(history["epoch"], history[name], color=colour, label=block, **style)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes.set(xlabel="epoch", ylabel="entropy of a (share of log L)", ylim=(0, 1.25))
     axes.set_yticks(np.linspace(0, 1, 6))
-    axes.legend(handles=axes.get_lines()[len(restarts) :], ncols=3)
+    axes.legend(handles=lines, ncols=3)
     return drawn
 
 

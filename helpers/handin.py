@@ -79,7 +79,7 @@ def make_chapters(run: runs.Run) -> list[NotebookNode]:
     for name in report.SEQUENCE:
         stored = nbformat.read(report.NOTEBOOKS / f"{name}.ipynb", as_version=4)
         if name == report.TRAINING:
-            stored = with_outputs_of_run(stored, run.folder / f"{name}.ipynb")
+            stored = with_outputs_of_run(stored, run)
         elif name[:2] in ("01", "02"):
             target = report.REPORT / "handin" / f"{name}.ipynb"
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -89,11 +89,17 @@ def make_chapters(run: runs.Run) -> list[NotebookNode]:
     return chapters
 
 
-def with_outputs_of_run(stored: NotebookNode, path: Path) -> NotebookNode:
-    """The training notebook with the outputs of a run; the code that it shows stays today's."""
+def executed_training(run: runs.Run) -> NotebookNode:
+    """The training notebook that made a run, as it is kept with its record."""
+    path = run.folder / f"{report.TRAINING}.ipynb"
     if not path.is_file():
         raise HandinError(f"{runs.place(path)} is missing; make the run again with notebook 03.")
-    executed = without_injected(nbformat.read(path, as_version=4))
+    return without_injected(nbformat.read(path, as_version=4))
+
+
+def with_outputs_of_run(stored: NotebookNode, run: runs.Run) -> NotebookNode:
+    """The training notebook with the outputs of a run; the code that it shows stays today's."""
+    executed = executed_training(run)
     for cell, done in zip(stored.cells, executed.cells, strict=True):
         if cell.cell_type == "code" and "getsource" not in cell.source:
             cell.outputs, cell.execution_count = done.outputs, done.execution_count
@@ -198,20 +204,17 @@ def earlier_cells(before: list[runs.Run], run: runs.Run) -> list[NotebookNode]:
     others = ("preset", "seed", "run", "start_from", "basic_images")
     changed = {name: value for name, value in earlier.items() if value != own[name]}
     changed = {name: value for name, value in changed.items() if name not in others}
-    path = before[0].folder / f"{report.TRAINING}.ipynb"
     return [
         new_markdown_cell(EARLIER),
         code(f"of_the_first = {pprint.pformat(changed, sort_dicts=False, compact=True)}"),
         new_markdown_cell("What the next cell prints is explained in chapter 3."),
-        code(TRAIN_EARLIER, printed_by_training(path)),
+        code(TRAIN_EARLIER, printed_by_training(before[0])),
     ]
 
 
-def printed_by_training(path: Path) -> str:
-    """What the cell that trains has printed in an executed training notebook."""
-    if not path.is_file():
-        raise HandinError(f"{runs.place(path)} is missing; make the run again with notebook 03.")
-    cells = nbformat.read(path, as_version=4).cells
+def printed_by_training(run: runs.Run) -> str:
+    """What the cell that trains has printed when a run was made."""
+    cells = executed_training(run).cells
     (cell,) = (cell for cell in cells if "training.train(images" in cell.source)
     return "".join(output.text for output in cell.outputs if output.output_type == "stream")
 

@@ -525,8 +525,7 @@ def settle_statistics(network: nn.Module, training: ImageSet, settings: Settings
     While training they follow the last few batches (`"running"`: they stay so). Estimated from
     10,000 training images they are no longer those of a moment: either of `"clean images"`, as they
     are to be classified (Wu and Johnson, arXiv 2105.07576), or of `"augmented images"`, as they
-    were learnt from. Returns the
-    seconds it took, which are part of training.
+    were learnt from. Returns the seconds it took, which are part of training.
     """
     begin, batch = time.perf_counter(), 500
     if settings.statistics == "running":

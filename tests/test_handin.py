@@ -85,7 +85,7 @@ def test_the_first_of_two_trainings_is_made_unless_it_is_there(
 def test_a_record_without_its_notebook_is_named(tmp_path: Path, best: runs.Run) -> None:
     bare = dataclasses.replace(best, folder=tmp_path)
     with pytest.raises(handin.HandinError, match=r"03_training\.ipynb is missing"):
-        handin.with_outputs_of_run(stored(report.TRAINING), bare.folder / "03_training.ipynb")
+        handin.with_outputs_of_run(stored(report.TRAINING), bare)
 
 
 def test_every_module_that_is_used_is_written_before() -> None:

@@ -43,7 +43,8 @@ def recorded() -> tuple[set[str], set[str]]:
                 accuracies.add(mean_and_deviation(100 * seeds[name].astype(float), 2))
         minutes.add(mean_and_deviation(seeds["train_seconds"] / 60, 1))
     best = runs.read(report.best_run()).metrics["test_accuracy"]
-    accuracies |= {f"{100 * end:.2f}" for end in evaluation.interval(round(10_000 * best), 10_000)}
+    ends = evaluation.interval(round(report.TEST_IMAGES * best), report.TEST_IMAGES)
+    accuracies |= {f"{100 * end:.2f}" for end in ends}
     accuracies.add(f"{100 * runs.read('restarted-seed0').history['test_accuracy'].iloc[-2]:.2f}")
     for history in runs.RUNS.glob("choice-*/history.csv"):
         accuracies.add(f"{100 * pd.read_csv(history)['validation_accuracy'].iloc[-1]:.2f}")
