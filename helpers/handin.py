@@ -18,7 +18,6 @@ import pprint
 import re
 import sys
 import zipfile
-from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
