@@ -430,7 +430,9 @@ def overview(run: runs.Run, durations: dict[str, float]) -> NotebookNode:
         f"| [{name.replace('_', ' ')}]({name}.ipynb) | {duration(seconds)} |"
         for name, seconds in durations.items()
     ]
-    values = [f"| {name} | `{value}` |" for name, value in run.config.items()]
+    values = [
+        f"| {name} | {'–' if value == '' else f'`{value}`'} |" for name, value in run.config.items()
+    ]
     text = [
         "# A network of input-weighted convolution blocks",
         "",

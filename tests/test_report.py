@@ -333,8 +333,9 @@ def test_overview_states_what_came_out() -> None:
         "parameters": 1_234_567,
         "hardware": {"threads": 2, "processor": "A processor"},
     }
-    run = runs.Run("r", Path("r"), {"epochs": 4}, None, None, metrics)
+    run = runs.Run("r", Path("r"), {"epochs": 4, "start_from": ""}, None, None, metrics)
     text = report.overview(run, {"03_training": 900.0}).cells[0].source
+    assert "| epochs | `4` |\n| start_from | – |" in text
     for part in ("the stand-in: 89.12%", "90.00% with it", "14.0 min", "1,234,567", "15.0 min"):
         assert part in text
 
