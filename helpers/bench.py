@@ -2,10 +2,11 @@
 
     python -m helpers.bench                # everything: up to half an hour on two idle cores
     python -m helpers.bench tried memory   # some of the tables only
+    python -m helpers.bench --device cuda  # on a GPU, all but `tried`: a minute or two
 
-It writes into `notebooks/benchmarks/<instructions of the CPU>/`: `blocks.csv`, `steps.csv`,
+It writes into `notebooks/benchmarks/<instructions of the CPU, or GPU>/`: `blocks.csv`, `steps.csv`,
 `tried.csv` and `memory.csv` (a row a candidate), `profile.csv` (where the time of a step goes) and
-`machine.json`. Notebooks 02 and 03 show those of the machine measured last.
+`machine.json`. Notebooks 02 and 03 show those of the CPU measured last, and 02 those of the GPU.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from typing import Any
 
 import pandas as pd
 import torch
+import yaml
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
 from helpers import runs, training
 from helpers.model import FORMS, IntermediateBlock
 
-BATCH = 128
+BATCH = {"cpu": 128, "cuda": 512}  # a GPU has more to do at once
 # in and out channels, and the size of the map: the quick network's, and wider ones.
 SHAPES = (
     (24, 32, 32), (64, 64, 32), (32, 32, 16), (64, 64, 16), (64, 128, 16), (32, 128, 16),
@@ -40,17 +43,19 @@ SWEPT = (24, 32, 32), (64, 128, 16), (128, 128, 8), (128, 128, 4)  # for which L
 # With branches of 3×3 and 1×1, as the presets quick and hour have them.
 MIXED = (32, 128, 16), (128, 128, 8), (96, 384, 16), (384, 384, 8), (384, 384, 4)
 BRANCHES = (1, 2, 4, 8)
-ROUNDS, REPEATS = 5, 1  # rounds in which the candidates take turns; runs of each in a round
+ROUNDS = 5  # in which the candidates take turns
+REPEATS = {"cpu": 1, "cuda": 10}  # runs of each in a round
 LAST = "channels_last"
 
 
 def in_turn(
-    candidates: dict[Any, Callable[[], object]], rounds: int = ROUNDS, repeats: int = REPEATS
+    candidates: dict[Any, Callable[[], object]], rounds: int = ROUNDS, repeats: int | None = None
 ) -> dict[Any, float]:
     """The seconds of each candidate: the median over rounds of the mean of a few runs.
 
     The candidates take turns, so that a machine that slows down for a while slows all of them.
     """
+    repeats = repeats or REPEATS[device().type]
     timers = {
         name: Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
         for name, run in candidates.items()
@@ -62,25 +67,51 @@ def in_turn(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def device() -> torch.device:
+    """What is measured: torch's default device."""
+    return torch.get_default_device()
+
+
 def maps(channels: int, size: int, memory_format: torch.memory_format) -> Tensor:
-    x = torch.randn(BATCH, channels, size, size).contiguous(memory_format=memory_format)
-    return x.requires_grad_()
+    x = torch.randn(BATCH[device().type], channels, size, size)
+    return x.contiguous(memory_format=memory_format).requires_grad_()
 
 
 def there_and_back(
     layer: nn.Module, channels: int, size: int, memory_format: str, precision: torch.dtype
 ) -> Callable:
-    """A function that runs a layer forward and backward, on the gradient of random maps."""
+    """A function that runs a layer forward and backward, on the gradient of random maps; on a GPU
+    as a training does it, from a recording."""
     layout = getattr(torch, memory_format)
     layer = layer.to(memory_format=layout)
     x = maps(channels, size, layout).detach().to(precision).requires_grad_()
 
     def forward() -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+        half = precision == torch.bfloat16
+        with torch.autocast(device().type, dtype=torch.bfloat16, enabled=half):
             return layer(x)
 
     grad = torch.randn_like(forward())
-    return lambda: forward().backward(grad)
+
+    def run() -> None:
+        for changed in (x, *layer.parameters()):
+            changed.grad = None
+        forward().backward(grad)
+
+    return replay(run) if device().type == "cuda" else run
+
+
+def replay(run: Callable[[], object]) -> Callable[[], object]:
+    """What repeats the calls of `run` from a recording on the GPU."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    return graph.replay
 
 
 def plain(c: int, out: int, size: int, precision: torch.dtype) -> dict[str, Callable]:
@@ -101,14 +132,16 @@ def block(
 
 
 def precisions() -> list[torch.dtype]:
-    """The number types with which this CPU calculates at full speed."""
-    able = runs.pick_precision("auto", torch.device("cpu")) == torch.bfloat16
+    """The number types with which this device calculates at full speed."""
+    if device().type == "cuda":
+        return [torch.bfloat16]
+    able = runs.pick_precision("auto", device()) == torch.bfloat16
     return [torch.float32] + [torch.bfloat16] * able
 
 
 def bench_blocks() -> pd.DataFrame:
     """Forward and backward of a block over one plain convolution (the faster memory format), in
-    each precision that the CPU is made for.
+    each precision that the device is made for.
 
     A row for each precision, shape, kernel sizes and form; `ratio` is to the plain convolution of
     the same rounds.
@@ -140,6 +173,7 @@ def step_of(
     size: int = 32,
     layout: str = LAST,
     compiled: bool = False,
+    recorded: bool = False,
     **settings: Any,
 ) -> Callable[[], object]:
     """A training step of the quick network on one batch of random images: loss, gradients, and the
@@ -151,10 +185,11 @@ def step_of(
         size: height and width of the images in pixels.
         layout: memory format of the network and its maps.
         compiled: whether the network goes through torch.compile, all but the blocks' own functions.
+        recorded: whether the step is replayed from a recording, as a GPU trains.
         settings: parameters that differ from the quick preset's.
     """
     chosen, layout = runs.Settings(**settings), getattr(torch, layout)
-    precision = runs.pick_precision(chosen.precision, torch.device("cpu"))
+    precision = runs.pick_precision(chosen.precision, device())
     network = chosen.network().to(memory_format=layout).train()
     for one in network.blocks:
         one.form = form
@@ -165,16 +200,27 @@ def step_of(
     if compiled:
         network = torch.compile(network)
     weights = torch.ones(len(x))
-    return lambda: training.train_batch(
-        network, x, labels, weights, optimizers, chosen.label_smoothing, precision
-    )
+
+    def step(*batch: Tensor) -> tuple[Tensor, ...]:
+        smoothing = chosen.label_smoothing
+        return training.train_batch(network, *batch, optimizers, smoothing, precision)
+
+    if recorded:
+        step = training.Replayed(step, network, torch.cuda.Stream())
+    return lambda: step(x, labels, weights)
 
 
 def bench_steps() -> pd.DataFrame:
     """A training step of the quick network with L branches in each block, all 3×3, over L = 1."""
     rows = []
+    recorded = device().type == "cuda"
     for form in ("branches", "auto"):
-        candidates = {L: step_of(250, form, branches=L, kernel_size=3) for L in BRANCHES}
+        candidates = {
+            L: step_of(250, form, recorded=recorded, branches=L, kernel_size=3) for L in BRANCHES
+        }
+        for step in candidates.values():  # those before the recording, and the first of it
+            for _ in range(5 * recorded):
+                step()
         seconds = in_turn(candidates, rounds=3)
         for L in BRANCHES:
             rows.append(
@@ -195,21 +241,42 @@ GROUPS = {
 }
 
 
-def bench_profile() -> pd.DataFrame:
-    """Where the time of a training step of the quick network goes: a row a group of operations."""
-    step = step_of(250)
-    step()
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+# On a GPU all other products are the optimiser's and the gates'.
+CONVOLUTIONS = {"convolutions": ("conv",)}
+
+
+def bench_profile(**settings: Any) -> pd.DataFrame:
+    """Where the time of a training step of the quick network goes: a row a group of operations.
+
+    Args:
+        settings: parameters that differ from the quick preset's.
+    """
+    step, on_gpu = step_of(250, **settings), device().type == "cuda"
+    groups = (CONVOLUTIONS if on_gpu else {}) | GROUPS
+    for _ in range(3):
+        step()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with profile(activities=activities) as profiled:
         for _ in range(3):
             step()
-    spent = dict.fromkeys([*GROUPS, "everything else"], 0.0)
+    spent = dict.fromkeys([*groups, "everything else"], 0.0)
     for event in profiled.key_averages():
-        found = (group for group, words in GROUPS.items() if any(w in event.key for w in words))
-        spent[next(found, "everything else")] += event.self_cpu_time_total
+        if event.device_type != DeviceType.CPU:
+            continue  # counted with the operation that called it
+        found = (group for group, words in groups.items() if any(w in event.key for w in words))
+        time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        spent[next(found, "everything else")] += time
     rows = pd.DataFrame({"what": spent.keys(), "share": spent.values()})
     rows["share"] /= rows["share"].sum()
     print(rows.to_string(index=False), flush=True)
     return rows
+
+
+def bench_profile_full() -> pd.DataFrame:
+    """The same for the network of the preset `full`."""
+    path = runs.ROOT / "notebooks" / "parameters" / "full.yaml"
+    full = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return bench_profile(**{name: full[name] for name in runs.NETWORK})
 
 
 # What else a step could be: arguments of `step_of`, or what is done first in the process.
@@ -285,40 +352,52 @@ def fresh_process(measure: Callable, options: dict[str, Any]) -> Any:
 
 
 def peak(L: int, form: str) -> float:
-    """The largest memory of this process, which does one step, in MiB."""
-    step_of(512, form, branches=L, kernel_size=3)()
+    """The largest memory of this process, which does one step, in MiB; or of the GPU."""
+    step = step_of(512, form, branches=L, kernel_size=3)
+    if device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() / 2**20
+    step()
     # What getrusage says would include that of the process which started this one.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
 def bench_memory() -> pd.DataFrame:
-    """Peak memory of a process that does one step at batch 512, a fresh process each."""
+    """Peak memory of one step at batch 512: of a fresh process for each, or of the GPU."""
     rows = []
     for form in ("branches", "auto"):
         for L in BRANCHES:
-            rows.append({"form": form, "L": L, "MiB": fresh_process(peak, {"L": L, "form": form})})
+            on_gpu = device().type == "cuda"
+            MiB = peak(L, form) if on_gpu else fresh_process(peak, {"L": L, "form": form})
+            rows.append({"form": form, "L": L, "MiB": MiB})
             print(f"memory, {form}, L = {L}: {rows[-1]['MiB']:.0f} MiB", flush=True)
     return pd.DataFrame(rows)
 
 
 MEASUREMENTS: dict[str, Callable[[], pd.DataFrame]] = {
     "blocks": bench_blocks, "steps": bench_steps, "profile": bench_profile,
-    "tried": bench_tried, "memory": bench_memory,
+    "profile_full": bench_profile_full, "tried": bench_tried, "memory": bench_memory,
 }  # fmt: skip
+ONLY = {"tried": "cpu", "profile_full": "cuda"}  # what is not measured elsewhere
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what blocks and training steps cost.")
     parser.add_argument("tables", nargs="*", help=f"of {', '.join(MEASUREMENTS)}; default: all")
-    tables = parser.parse_args().tables or list(MEASUREMENTS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    given = parser.parse_args()
+    tables = given.tables or [t for t in MEASUREMENTS if ONLY.get(t, given.device) == given.device]
     if unknown := set(tables) - set(MEASUREMENTS):
         parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(MEASUREMENTS)}")
+    torch.set_default_device(runs.pick_device(given.device))
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
     training.keep_freed_memory()
-    machine = runs.surroundings(torch.device("cpu"), "auto")
-    folder = runs.BENCHMARKS / machine["hardware"]["instructions"]
+    machine = runs.surroundings(device(), "auto")
+    on_gpu = device().type == "cuda"
+    folder = runs.BENCHMARKS / ("GPU" if on_gpu else machine["hardware"]["instructions"])
     folder.mkdir(parents=True, exist_ok=True)
     for name in tables:
         MEASUREMENTS[name]().to_csv(folder / f"{name}.csv", index=False, float_format="%.4g")

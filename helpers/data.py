@@ -417,8 +417,10 @@ def split(labels: Tensor, validation: int = 5000, seed: int = SPLIT_SEED) -> tup
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 b×3×h×w in 0…255 → float32 of about zero mean and unit variance, channels last."""
-    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1)
+    mean, std = (
+        torch.tensor(numbers).view(1, 3, 1, 1).to(images.device, non_blocking=True)
+        for numbers in (MEAN, STD)
+    )
     x = (images / (255 * std)).sub_(mean / std)
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -432,7 +434,8 @@ class Batches(Dataset):
 
     def __getitem__(self, index: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         chosen = torch.tensor(index)
-        batch = self.images.subset(chosen.to(self.images.labels.device))
+        # Nothing here waits for a GPU, which is still busy with the batch before.
+        batch = self.images.subset(chosen.to(self.images.labels.device, non_blocking=True))
         images = batch.images
         if self.augment is not None:
             images = self.augment(images, chosen, self.epoch)
@@ -451,32 +454,39 @@ class EvenBatches(Sampler[list[int]]):
     Args:
         numbers: of the images to be given; may be replaced before each pass.
         generator: the only source of randomness here.
+        full: whether all batches are of `batch_size` images, which a GPU needs that replays its
+            steps; those left over, fewer than a batch and others in each pass, are not given.
     """
 
-    def __init__(self, numbers: Tensor, batch_size: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, numbers: Tensor, batch_size: int, generator: torch.Generator, full: bool = False
+    ) -> None:
         self.numbers, self.batch_size, self.generator = numbers, batch_size, generator
+        self.full = full
 
     def __iter__(self) -> Iterator[list[int]]:
         order = torch.randperm(len(self.numbers), generator=self.generator)
-        batches = self.numbers[order].tensor_split(len(self))
-        return iter([batch.tolist() for batch in batches])
+        given = self.numbers[order[: len(self) * self.batch_size]]
+        return iter([batch.tolist() for batch in given.tensor_split(len(self))])
 
     def __len__(self) -> int:
-        return math.ceil(len(self.numbers) / self.batch_size)
+        batches = len(self.numbers) / self.batch_size
+        return max(1, math.floor(batches)) if self.full else math.ceil(batches)
 
 
 def training_loader(
     images: ImageSet, batch_size: int, augment: Augment, generator: torch.Generator
 ) -> DataLoader:
     """Shuffled, augmented, normalised batches of at most `batch_size` images, all of equal size
-    but for one image.
+    but for one image; on a GPU, of exactly so many, with the few left out that are left over.
 
     A batch is b×3×32×32 floats, b labels and the b numbers of its images in the set. The order
     comes from `generator` alone, so that nothing else that draws random numbers, such as another
     loader, changes the training. Call `set_epoch` before each epoch.
     """
     source = Batches(images, augment)
-    sampler = EvenBatches(torch.arange(len(images)), batch_size, generator)
+    full = images.labels.device.type == "cuda"
+    sampler = EvenBatches(torch.arange(len(images)), batch_size, generator, full)
     return DataLoader(source, sampler=sampler, batch_size=None, generator=generator)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,11 +62,24 @@ def predict(
     half = precision == torch.bfloat16
     for mirrored, down, right, weight in views:
         seen = view(images, mirrored, down, right)
-        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=half):
+        autocast = torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=half)
+        with autocast, exact_convolutions():
             batches = [network(x.to(device)).float().cpu() for x, *_ in evaluation_loader(seen)]
         total += weight * torch.cat(batches)
     network.train(was_training)
     return total
+
+
+@contextlib.contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Let convolutions of float32 calculate with float32: on a GPU they would round what they
+    multiply to 11 binary digits, and turn a few answers."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def view(images: ImageSet, mirrored: bool, down: int, right: int) -> ImageSet:

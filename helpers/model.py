@@ -42,7 +42,8 @@ RULES = {
     "bfloat16": Rule(mixing=3, winograd=math.inf, winograd_a_branch=math.inf),
 }
 MIXING_POSITIONS = 144  # of a map; on smaller ones mixing takes that many times more kernels
-KERNELS_AT_ONCE = 2**24  # numbers in the mixed kernels that exist at a time (64 MiB)
+# Numbers in the mixed kernels that exist at a time: 64 MiB, half a GiB.
+KERNELS_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}
 TILES_AT_ONCE = 256  # so that what is made of them stays in the cache
 
 
@@ -179,7 +180,7 @@ class IntermediateBlock(nn.Module):
         """
         everyone = list(range(len(self.branches)))
         if self.form != "auto" or x.device.type != "cpu":
-            return [("branches" if self.form == "auto" else self.form, everyone)]
+            return [("fused" if self.form == "auto" else self.form, everyone)]
         sizes = [branch.kernel_size[0] for branch in self.branches]
         positions = math.ceil(x.shape[2] / self.stride) * math.ceil(x.shape[3] / self.stride)
         rule, kernels = rule_here(), sum(k * k for k in sizes) / max(sizes) ** 2
@@ -195,7 +196,8 @@ class IntermediateBlock(nn.Module):
     @torch.compiler.disable  # its functions have gradients of their own, which are not for tracing
     def evaluate(self, form: str, part: list[int], x: Tensor, a: Tensor) -> Tensor:
         """The terms aₗ·Cₗ(x) of the branches numbered in `part`, added up in one of `FORMS`."""
-        branches, a = [self.branches[l] for l in part], a[:, part]
+        branches = [self.branches[l] for l in part]
+        a = torch.stack([a[:, l] for l in part], dim=1)  # a list as index would keep a GPU waiting
         if form == "branches":
             return weighted_sum(x, a, branches)
         if form == "fused":
@@ -311,7 +313,7 @@ class _GroupedConvolution(torch.autograd.Function):
         ctx.save_for_backward(x, a, weight)
         ctx.stride = stride
         maps = []
-        for part in _parts(len(x), KERNELS_AT_ONCE // weight[0].numel()):
+        for part in _parts(len(x), KERNELS_AT_ONCE[x.device.type] // weight[0].numel()):
             kernels = (a[part] @ weight.flatten(1)).view(-1, *weight.shape[2:])
             groups, padding = len(a[part]), weight.shape[3] // 2
             y = F.conv2d(_side_by_side(x[part]), kernels, None, stride, padding, 1, groups)
@@ -325,7 +327,7 @@ class _GroupedConvolution(torch.autograd.Function):
         x, a, weight = ctx.saved_tensors
         bank, padding = weight.flatten(1), weight.shape[3] // 2
         grad_x, grad_a, grad_bank = torch.empty_like(x), torch.empty_like(a), torch.zeros_like(bank)
-        for part in _parts(len(x), KERNELS_AT_ONCE // weight[0].numel()):
+        for part in _parts(len(x), KERNELS_AT_ONCE[x.device.type] // weight[0].numel()):
             groups = len(a[part])
             y, kernels = _side_by_side(x[part]), (a[part] @ bank).view(-1, *weight.shape[2:])
             grad_y, grad_kernels, _ = torch.ops.aten.convolution_backward(
@@ -387,7 +389,7 @@ class _WinogradConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, weight: Tensor) -> Tensor:
         (L, out, c), (h, w) = weight.shape[:3], x.shape[2:]
-        to_x_new, from_x, from_weight = _tile_transforms(x)
+        to_x_new, from_x, from_weight = _tile_transforms(x.dtype, x.device)
         U = (from_weight @ weight.permute(3, 4, 0, 2, 1).reshape(9, -1)).view(36, L * c, out)
         padded = _padded(x, rim=1)
         x_new = x.new_empty(len(x), *_whole_tiles(h, w), out)
@@ -404,7 +406,7 @@ class _WinogradConvolution(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         padded, a, U = ctx.saved_tensors
         (h, w), L, c = ctx.size, a.shape[1], padded.shape[3]
-        to_x_new, from_x, from_weight = _tile_transforms(padded)
+        to_x_new, from_x, from_weight = _tile_transforms(padded.dtype, padded.device)
         grad = _padded(grad, rim=0)
         grad_padded = torch.zeros_like(padded)
         grad_U, grad_a = torch.zeros_like(U), torch.empty_like(a)
@@ -423,10 +425,11 @@ class _WinogradConvolution(torch.autograd.Function):
         return grad_x, grad_a, grad_weight.permute(2, 4, 3, 0, 1)
 
 
-def _tile_transforms(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@cache
+def _tile_transforms(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The transforms of whole tiles: 16×36 to x′, 36×36 from x and 36×9 from W."""
     A, B, G = winograd_matrices()
-    return tuple(torch.kron(m, m).to(like) for m in (A.t(), B.t(), G))
+    return tuple(torch.kron(m, m).to(device, dtype) for m in (A.t(), B.t(), G))
 
 
 def _apply(transform: Tensor, tiles: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import itertools
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -44,6 +45,8 @@ from helpers.runs import (
 )
 
 SECONDS_BETWEEN_CHECKPOINTS = 30
+SECONDS_WORTH_A_CHECKPOINT = 5  # of training, at the end of an epoch
+BATCHES_READ_AT_ONCE = 50  # of losses, from a GPU
 IMAGES_FOR_STATISTICS = 10_000  # of batch normalisation, after the last epoch
 
 
@@ -86,9 +89,10 @@ class Muon(Optimizer):
             for kernels in alike.values():
                 momenta = torch.stack([self.direction(k, group) for k in kernels])
                 steps = orthogonal(momenta, self.precision)
+                lr = torch.as_tensor(group["lr"], device=steps.device)  # a tensor on a GPU
                 for kernel, step in zip(kernels, steps):
                     kernel.mul_(math.sqrt(len(kernel)) / kernel.norm())
-                    kernel.add_(step.view(kernel.shape), alpha=-group["lr"])
+                    kernel.addcmul_(step.view(kernel.shape), lr, value=-1)
 
     def direction(self, kernel: Tensor, group: dict[str, Any]) -> Tensor:
         """The Nesterov momentum of a bank, as a matrix out×(in·k·k)."""
@@ -112,7 +116,8 @@ def orthogonal(
         x = x.mT
     for _ in range(iterations):
         gram = x @ x.mT
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+        quadratic = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, quadratic, x, beta=3.4445)
     return (x.mT if tall else x).to(matrices.dtype)
 
 
@@ -123,13 +128,18 @@ def make_optimizers(
     kernels = [branch.weight for block in network.blocks for branch in block.branches]
     chosen = {id(kernel) for kernel in kernels}
     others = [p for p in network.parameters() if p.requires_grad and id(p) not in chosen]
+    on_gpu = kernels[0].device.type == "cuda"
     optimizers = [
         Muon(kernels, settings.learning_rate, settings.momentum, precision),
-        torch.optim.Adam(others, lr=settings.adam_learning_rate, betas=(0.9, 0.95)),
+        torch.optim.Adam(
+            others, lr=settings.adam_learning_rate, betas=(0.9, 0.95), capturable=on_gpu
+        ),
     ]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["first_lr"] = group["lr"]
+            if on_gpu:  # where a step that is replayed reads it
+                group["lr"] = torch.tensor(group["lr"], device=kernels[0].device)
     return optimizers
 
 
@@ -141,7 +151,11 @@ def set_learning_rate(optimizers: list[Optimizer], step: int, steps: int) -> flo
     factor = 1 - step / steps
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["first_lr"] * factor
+            rate = group["first_lr"] * factor
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
     return factor
 
 
@@ -156,18 +170,74 @@ def train_batch(
 ) -> tuple[Tensor, Tensor]:
     """One step on one batch, whose images count as `weights` says: before the step, the loss of
     each of its b images, and whether it was right. In bfloat16 the maps are rounded to 8 binary
-    digits; weights, momentum and loss are kept in float32."""
+    digits; weights, momentum and loss are kept in float32. All tensors are on one device."""
     half = precision == torch.bfloat16
     with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=half):
         logits = network(x)
     losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
     for optimizer in optimizers:
         optimizer.zero_grad()
-    weights = weights.to(x.device)
     (weights @ losses / weights.sum()).backward()
     for optimizer in optimizers:
         optimizer.step()
-    return losses.detach().cpu(), (logits.argmax(dim=1) == labels).cpu()
+    return losses.detach(), logits.argmax(dim=1) == labels
+
+
+class Replayed:
+    """A training step as a GPU does it quickly: recorded once and then replayed (a CUDA graph).
+
+    A step is more than a thousand short calls, and to make them takes the CPU longer than the GPU
+    needs to do them. A recording holds for batches of one shape and gates of one temperature. The
+    first few steps of each are done call by call, in which libraries choose and memory is found.
+
+    Args:
+        step: takes tensors on the GPU and gives a tuple of them; what it changes stays in place.
+        network: that of the step.
+        stream: of the GPU's, on which to record; the usual one is none that can be recorded.
+    """
+
+    CALL_BY_CALL = 3
+
+    def __init__(
+        self,
+        step: Callable[..., tuple[Tensor, ...]],
+        network: nn.Module,
+        stream: torch.cuda.Stream | None,
+    ) -> None:
+        self.step, self.network, self.stream = step, network, stream
+        self.calls: Counter[tuple] = Counter()
+        self.recordings: dict[tuple, tuple] = {}
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        temperatures = tuple(block.temperature for block in self.network.blocks)
+        kind = (temperatures, *(x.shape for x in inputs))
+        self.calls[kind] += 1
+        if self.calls[kind] <= self.CALL_BY_CALL:
+            return self.aside(*inputs)
+        if kind not in self.recordings:
+            self.recordings[kind] = self.record(*inputs)
+        graph, own, outputs = self.recordings[kind]
+        for mine, given in zip(own, inputs, strict=True):
+            mine.copy_(given)
+        graph.replay()
+        return tuple(output.clone() for output in outputs)
+
+    def aside(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Call by call."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            outputs = self.step(*inputs)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return outputs
+
+    def record(self, *inputs: Tensor) -> tuple[torch.cuda.CUDAGraph, list[Tensor], tuple]:
+        """The recording, the tensors that it reads and those that it writes."""
+        self.network.zero_grad()  # gradients get a place of their own in the recording
+        own = [x.clone() for x in inputs]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            outputs = self.step(*own)
+        return graph, own, outputs
 
 
 def importance(losses: Tensor, skip: float, generator: torch.Generator) -> Tensor:
@@ -205,8 +275,16 @@ class Underway:
 
     def __init__(self, network: nn.Module, training: ImageSet, settings: Settings) -> None:
         self.network, self.settings = network, settings
-        self.precision = pick_precision(settings.precision, next(network.parameters()).device)
-        self.optimizers = make_optimizers(network, settings, self.precision)
+        self.device = next(network.parameters()).device
+        self.precision = pick_precision(settings.precision, self.device)
+        self.optimizers = optimizers = make_optimizers(network, settings, self.precision)
+        precision, smoothing = self.precision, settings.label_smoothing
+
+        def step(x: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+            return train_batch(network, x, labels, weights, optimizers, smoothing, precision)
+
+        on_gpu = self.device.type == "cuda"
+        self.step = Replayed(step, network, torch.cuda.Stream()) if on_gpu else step
         # Shuffling and augmentation draw from this generator and from no other.
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.augmentation = augmentation_of(settings, len(training), self.generator)
@@ -214,18 +292,24 @@ class Underway:
             training, settings.batch_size, self.augmentation, self.generator
         )
         self.losses = torch.zeros(len(training))
+        self.saved = time.perf_counter()  # when the last checkpoint was
         self.begin_epoch(1)
 
     def begin_epoch(self, epoch: int) -> None:
-        self.epoch, self.batch, self.rows = epoch, 0, []
+        self.epoch, self.batch, self.rows, self.pending = epoch, 0, [], []
         self.loss_sum, self.right, self.weight, self.seen, self.seconds = 0.0, 0.0, 0.0, 0, 0.0
         skip = self.settings.skip_easy_in(epoch)
         self.importance = importance(self.losses, skip, self.generator)
         self.drawn = self.generator.get_state()
+        self.choose()
+
+    def choose(self) -> None:
+        """Tell the loader which images this epoch is of."""
+        set_epoch(self.loader, self.epoch - 1, self.importance.nonzero().flatten())
 
     def count(self) -> int:
         """The batches of this epoch."""
-        return math.ceil(int(self.importance.count_nonzero()) / self.settings.batch_size)
+        return len(self.loader)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The batches of the epoch that are still to be done.
@@ -234,7 +318,6 @@ class Underway:
         that are done are passed over; that takes a moment, and gives exactly the same rest.
         """
         self.generator.set_state(self.drawn)
-        set_epoch(self.loader, self.epoch - 1, self.importance.nonzero().flatten())
         return itertools.islice(self.loader, self.batch, None)
 
     def state(self) -> dict[str, Any]:
@@ -247,21 +330,35 @@ class Underway:
             "machine": machine_of(self.network, self.settings),
         } | {name: getattr(self, name) for name in self.POSITION}
 
-    def note(self, index: Tensor, losses: Tensor, hits: Tensor, rate: float) -> float:
-        """Of a batch that is done: which images, their losses, whether they were right, and the
-        learning rate. Returns the batch's loss."""
-        weights = self.importance[index]
-        loss = float(weights @ losses / weights.sum())
-        self.batch += 1
-        self.rows.append(
-            {"epoch": self.epoch, "batch": self.batch, "loss": loss, "learning_rate": rate}
-        )
-        self.losses[index] = losses
-        self.loss_sum += float(weights @ losses)
-        self.right += float(weights @ hits.float())
-        self.weight += float(weights.sum())
-        self.seen += len(index)
-        return loss
+    def note(self, index: Tensor, losses: Tensor, hits: Tensor, rate: float) -> None:
+        """Of a batch that is given to the device: which images, their losses, whether they are
+        right, and the learning rate. On a GPU they are only read with those of many batches, since
+        reading waits for it."""
+        self.pending.append((index, losses, hits, rate))
+        if self.device.type != "cuda" or len(self.pending) == BATCHES_READ_AT_ONCE:
+            self.read_pending()
+
+    def read_pending(self) -> None:
+        """Read what was noted, which then is done.
+
+        Raises:
+            TrainingError: a loss that is not finite.
+        """
+        for index, losses, hits, rate in self.pending:
+            losses, weights = losses.cpu(), self.importance[index]
+            loss = float(weights @ losses / weights.sum())
+            self.batch += 1
+            self.rows.append(
+                {"epoch": self.epoch, "batch": self.batch, "loss": loss, "learning_rate": rate}
+            )
+            self.losses[index] = losses
+            self.loss_sum += float(weights @ losses)
+            self.right += float(weights @ hits.cpu().float())
+            self.weight += float(weights.sum())
+            self.seen += len(index)
+            if not math.isfinite(loss):
+                raise diverged(f"The loss is {loss}", self, rate)
+        self.pending = []
 
     POSITION = (
         "epoch",
@@ -279,19 +376,21 @@ class Underway:
     def restore(self, state: dict[str, Any]) -> None:
         """Go back to a `state()`."""
         self.network.load_state_dict(state["network"])
-        for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(own)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            here = optimizer.state_dict()["param_groups"]  # the same but for what a GPU needs
+            optimizer.load_state_dict(saved | {"param_groups": here})
         self.drawn = state["drawn"]
         self.augmentation.mirrored_first = state["mirrored_first"]
         for name in self.POSITION:
             setattr(self, name, state[name])
+        self.choose()
 
 
 def train_epoch(underway: Underway, save: Callable[[], None]) -> dict[str, float]:
     """All batches of one epoch that are still to be done; the epoch's row of the history.
 
     Args:
-        save: called after the last batch, and twice a minute between two others.
+        save: called twice a minute, and after the last batch of an epoch of several seconds.
 
     Raises:
         TrainingError: a loss or weights that are not finite.
@@ -301,33 +400,41 @@ def train_epoch(underway: Underway, save: Callable[[], None]) -> dict[str, float
     for block in underway.network.blocks:
         block.temperature = settings.temperature_in(underway.epoch)
     count, begin = underway.count(), time.perf_counter() - underway.seconds
-    saved = time.perf_counter()
     size = settings.image_size(underway.epoch)
-    for x, labels, index in underway.batches():
-        done = (underway.epoch - 1) * count + underway.batch
+    done = (underway.epoch - 1) * count + underway.batch
+    for step, (x, labels, index) in enumerate(underway.batches(), done):
         rate = settings.learning_rate * set_learning_rate(
-            underway.optimizers, done, settings.epochs * count
+            underway.optimizers, step, settings.epochs * count
         )
-        losses, hits = train_batch(
-            underway.network, shrink(x, size), labels, underway.importance[index],
-            underway.optimizers, settings.label_smoothing, underway.precision,
-        )  # fmt: skip
-        loss = underway.note(index, losses, hits, rate)
-        if not math.isfinite(loss):
-            raise diverged(f"The loss is {loss}", underway, rate)
+        weights = underway.importance[index].to(x.device, non_blocking=True)
+        losses, hits = underway.step(shrink(x, size), labels, weights)
+        underway.note(index, losses, hits, rate)
         underway.seconds = time.perf_counter() - begin
-        if time.perf_counter() - saved > SECONDS_BETWEEN_CHECKPOINTS:
-            check_weights(underway)
-            save()
-            saved = time.perf_counter()
+        save_if_due(underway, save)
+    underway.read_pending()
+    underway.seconds = time.perf_counter() - begin
     check_weights(underway)
-    save()  # before the epoch is measured, which takes a while
+    # Before the epoch is measured, which takes a while.
+    save_if_due(underway, save, now=underway.seconds > SECONDS_WORTH_A_CHECKPOINT)
     return {
         "epoch": underway.epoch, "loss": underway.loss_sum / underway.weight,
         "training_accuracy_running": underway.right / underway.weight,
         "learning_rate": underway.rows[-1]["learning_rate"],
         "seconds": underway.seconds, "images_per_second": underway.seen / underway.seconds,
     }  # fmt: skip
+
+
+def save_if_due(underway: Underway, save: Callable[[], None], now: bool = False) -> None:
+    """Save a checkpoint, if `now` or if the last one is half a minute old.
+
+    Raises:
+        TrainingError: a loss or weights that are not finite.
+    """
+    if now or time.perf_counter() - underway.saved > SECONDS_BETWEEN_CHECKPOINTS:
+        underway.read_pending()
+        check_weights(underway)
+        save()
+        underway.saved = time.perf_counter()
 
 
 def check_weights(underway: Underway) -> None:
@@ -400,9 +507,13 @@ def train_and_record(
     underway = Underway(network.to(device), training, settings)
     if (state := record.checkpoint()) is not None:
         go_on(underway, state, record)
+
+    def save() -> None:
+        record.save(underway.state())
+
     while underway.epoch <= settings.epochs:
         try:
-            row = train_epoch(underway, lambda: record.save(underway.state()))
+            row = train_epoch(underway, save)
         except TrainingError as error:
             record.fail(str(error))
             raise
@@ -419,7 +530,7 @@ def train_and_record(
         record.add_epoch(row, underway.rows)
         record.say(progress(row, settings, sum(row["seconds"] for row in record.epochs)))
         underway.begin_epoch(underway.epoch + 1)
-        record.save(underway.state())
+        save_if_due(underway, save, now=row["seconds"] > SECONDS_WORTH_A_CHECKPOINT)
     return underway.network
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2 import TrivialAugmentWide
 
-from helpers.augment import Augmentation, alter, cover, mirror, shift, shrink
+from helpers import augment
+from helpers.augment import Augmentation, alter, cover, mirror, operate, shift, shrink
+from helpers.data import MEAN_COLOUR
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -77,6 +81,105 @@ def test_alter_touches_only_the_chosen_and_no_other_chance() -> None:
     torch.rand(5)
     assert torch.equal(alter(images, which, seeded(1), colour), altered)
     assert not torch.equal(alter(images, which, seeded(2), colour), altered)
+
+
+def images_of_all_kinds() -> torch.Tensor:
+    """Bytes 8×3×32×32: noise, smooth images, smooth ones of few and dim colours, and one colour."""
+    smooth = F.interpolate(
+        255 * torch.rand(3, 3, 4, 4, generator=seeded(1)), (32, 32), mode="bicubic"
+    )
+    smooth = smooth.clamp(0, 255).to(torch.uint8)
+    plain = torch.full((1, 3, 32, 32), 77, dtype=torch.uint8)
+    return torch.cat((some_images(2), smooth, smooth[:2] // 32 + 50, plain))
+
+
+def as_torchvision_does(images: torch.Tensor, name: str, magnitude: float) -> torch.Tensor:
+    """Images altered one by one by an operation of torchvision's TrivialAugmentWide."""
+    change = TrivialAugmentWide(fill=MEAN_COLOUR.tolist())
+    settings = (name, magnitude, change.interpolation, change._fill)
+    return torch.stack([change._apply_image_or_video_transform(i, *settings) for i in images])
+
+
+def by_torchvisions_table(name: str) -> list[float]:
+    """The magnitude of each column of `augment.MAGNITUDES`, as torchvision gives it."""
+    values, signed = TrivialAugmentWide._AUGMENTATION_SPACE[name]
+    magnitudes = values(31, 32, 32)
+    magnitudes = [0.0] * 31 if magnitudes is None else [float(m) for m in magnitudes]
+    return magnitudes + [-m if signed else m for m in magnitudes]
+
+
+@pytest.mark.parametrize("name", augment.OPERATIONS)
+def test_every_operation_does_what_torchvisions_does(name: str) -> None:
+    images = images_of_all_kinds()
+    number = torch.full((len(images),), augment.OPERATIONS.index(name))
+    for setting, magnitude in enumerate(by_torchvisions_table(name)):
+        expected = as_torchvision_does(images, name, magnitude)
+        altered = operate(images, number, torch.full_like(number, setting), MEAN_COLOUR)
+        wrong = (altered != expected).any(dim=1).float().mean()
+        # Where a pixel's source lies between two, rounding may decide for the other one.
+        assert wrong <= (0.005 if name in augment.MOVES else 0), (setting, magnitude)
+
+
+def test_the_operations_are_torchvisions() -> None:
+    assert set(augment.OPERATIONS) == set(TrivialAugmentWide._AUGMENTATION_SPACE)
+
+
+def test_each_image_of_a_mixed_batch_is_altered_by_its_own_operation() -> None:
+    images = some_images(100)
+    operation = torch.randint(14, (100,), generator=seeded(1))
+    setting = torch.randint(62, (100,), generator=seeded(2))
+    before = images.clone()
+    together = operate(images, operation, setting, MEAN_COLOUR)
+    alone = [
+        operate(*(of_all[i : i + 1] for of_all in (images, operation, setting)), MEAN_COLOUR)
+        for i in range(100)
+    ]
+    assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(images, before)  # nothing is written into what was given
+
+
+def test_images_that_are_not_square_are_altered_as_by_torchvision() -> None:
+    images = images_of_all_kinds()[:, :, :20]
+    for name in augment.MOVES:
+        number = torch.full((len(images),), augment.OPERATIONS.index(name))
+        altered = operate(images, number, torch.full_like(number, 13), MEAN_COLOUR)
+        expected = as_torchvision_does(images, name, by_torchvisions_table(name)[13])
+        assert (altered == expected).float().mean() >= 0.995, name
+
+
+def test_every_operation_bin_and_sign_has_the_same_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(augment, "operate", lambda *what: drawn.extend(what[1:3]))
+    count = 62_000
+    alter(torch.empty(0), torch.ones(count, dtype=torch.bool), seeded(), MEAN_COLOUR)
+    for numbers, kinds in zip(drawn, (14, 62)):
+        often = numbers.bincount(minlength=kinds) / (count / kinds)
+        assert len(often) == kinds and (often - 1).abs().max() < 0.15  # 4.7 deviations of 62 kinds
+    both = (drawn[0] * 62 + drawn[1]).bincount(minlength=14 * 62)
+    assert both.min() > 25 and both.max() < 125  # of 71 each: the two are independent
+
+
+def test_an_images_fate_does_not_depend_on_which_others_are_altered() -> None:
+    images, first = some_images(40), torch.arange(40) < 20
+    everything = alter(images, torch.ones(40, dtype=torch.bool), seeded(1), MEAN_COLOUR)
+    half = alter(images, first, seeded(1), MEAN_COLOUR)
+    assert torch.equal(half, torch.where(first.view(-1, 1, 1, 1), everything, images))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_augmentation_never_waits_for_the_gpu_and_alters_as_on_the_cpu() -> None:
+    images, index = some_images(500), torch.arange(500)
+    there = images.cuda()
+    results = []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for where in (images, there):
+            vary = Augmentation(500, 2, True, seeded(), cutout=8, trivial_augment=0.9)
+            results.append(vary(where, index, 0))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    on_cpu, on_gpu = results[0], results[1].cpu()
+    assert (on_cpu != on_gpu).float().mean() < 0.002  # roundings
 
 
 def test_what_comes_in_where_an_image_was_moved_has_the_colour_asked_for() -> None:

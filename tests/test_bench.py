@@ -32,7 +32,7 @@ def test_candidates_take_turns_and_the_slow_one_is_found() -> None:
 def test_a_block_runs_forward_and_backward(
     form: str, precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "BATCH", 2)
+    monkeypatch.setitem(bench.BATCH, "cpu", 2)
     block = bench.IntermediateBlock(3, 4, 2, bias=False, form=form)
     bench.there_and_back(block, 3, 4, bench.LAST, precision)()
     assert all(branch.weight.grad.abs().sum() > 0 for branch in block.branches)

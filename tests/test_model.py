@@ -48,7 +48,7 @@ CASES = [(shape, form) for shape in SHAPES for form in model.FORMS if possible(s
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """So few images at a time that batches of 11 are several parts and a rest."""
-    monkeypatch.setattr(model, "KERNELS_AT_ONCE", 4 * 3 * 4 * 9)
+    monkeypatch.setattr(model, "KERNELS_AT_ONCE", dict.fromkeys(("cpu", "cuda"), 4 * 3 * 4 * 9))
     monkeypatch.setattr(model, "TILES_AT_ONCE", 16)
 
 
@@ -407,7 +407,7 @@ def test_maps_stay_in_bfloat16_under_autocast(form):
 
 
 def test_auto_chooses_on_a_cpu_only():
-    assert parts_of(32, (3, 3, 3, 3), device="meta") == [("branches", [0, 1, 2, 3])]
+    assert parts_of(32, (3, 3, 3, 3), device="meta") == [("fused", [0, 1, 2, 3])]
     for form in set(model.FORMS) - {"auto"}:
         block = IntermediateBlock(3, 4, 2, form=form)
         for size in (1, 32):

@@ -33,6 +33,7 @@ SMALL = Settings(
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+    monkeypatch.setattr(training, "SECONDS_WORTH_A_CHECKPOINT", 0)
     return tmp_path / "runs" / "stopped"
 
 
