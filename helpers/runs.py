@@ -816,6 +816,25 @@ def what_counts(run: Run) -> dict[str, Any]:
     return counts | {"kind": kind_of(run), "start_from": before}
 
 
+def seeds_anywhere(run: Run) -> pd.DataFrame:
+    """`seeds_of` a run and, below, those of its parameters on every other `kind` of machine, which
+    is a column. A run that was made as a preset of another name counts too."""
+    among = finished()
+    alike = [run, *(other for other in among if recipe(other) == recipe(run))]
+    firsts = {kind_of(other): other for other in reversed(alike)}
+    kinds = {kind: seeds_of(firsts[kind], among) for kind in map(kind_of, alike)}
+    return pd.concat([seeds.assign(kind=kind) for kind, seeds in kinds.items()], ignore_index=True)
+
+
+def recipe(run: Run) -> list[dict[str, Any]]:
+    """`what_counts` of each run of a whole training, but for names and kind of machine."""
+    names = ("kind", "preset", "start_from")
+    return [
+        {key: value for key, value in what_counts(one).items() if key not in names}
+        for one in lineage(run)
+    ]
+
+
 def without_seed(name: str) -> str:
     """What the runs of all seeds of a preset are called."""
     return re.sub(r"-seed\d+(-\d+)?$", "", name)
@@ -1008,18 +1027,21 @@ def benchmark(table: str, folder: Path | None = None) -> pd.DataFrame:
     """A table that `make bench` has measured: blocks, steps, profile, tried or memory.
 
     Args:
-        folder: of the kind of CPU; None for the one measured last.
+        folder: of the kind of machine; None for the CPU measured last.
     """
     return pd.read_csv((folder or benchmark_folders()[-1]) / f"{table}.csv")
 
 
-def benchmark_folders() -> list[Path]:
-    """The folders of what `make bench` has measured, one a kind of CPU, the latest last."""
-    machines = BENCHMARKS.glob("*/machine.json")
-    return [path.parent for path in sorted(machines, key=lambda p: read_json(p)["finished"])]
+def benchmark_folders(device: str = "cpu") -> list[Path]:
+    """The folders of what `make bench` has measured on CPUs, or on GPUs (`"cuda"`), one a kind, the
+    latest last."""
+    machines = {path.parent: read_json(path) for path in BENCHMARKS.glob("*/machine.json")}
+    of_device = [folder for folder in machines if machines[folder]["hardware"]["device"] == device]
+    return sorted(of_device, key=lambda folder: machines[folder]["finished"])
 
 
-def benchmark_machine() -> str:
-    """The machine that was measured last, in a few words."""
-    hardware = read_json(benchmark_folders()[-1] / "machine.json")["hardware"]
-    return f"{hardware['processor']}, {hardware['threads']} threads, {hardware['instructions']}"
+def benchmark_machine(folder: Path | None = None) -> str:
+    """The machine of a folder, or the CPU that was measured last, in a few words."""
+    hardware = read_json((folder or benchmark_folders()[-1]) / "machine.json")["hardware"]
+    cpu = f"{hardware['processor']}, {hardware['threads']} threads, {hardware['instructions']}"
+    return hardware.get("gpu", cpu)
