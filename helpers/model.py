@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 GATES = ("linear", "softmax", "sigmoid", "constant", "uniform")
-FORMS = ("auto", "branches", "fused", "grouped", "winograd")
+FORMS = ("auto", "branches", "fused", "grouped", "patches", "winograd")
 ACTIVATIONS = {"none": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
@@ -30,6 +30,7 @@ class Rule(NamedTuple):
     """Where which form is the cheapest on a kind of CPU; for `IntermediateBlock.parts`."""
 
     mixing: float  # Σ k² over the largest k², from which on it pays on large maps to mix kernels
+    mixed: str  # how to convolve with mixed kernels: "grouped", or "patches" (stride 1)
     winograd: float  # in·out / (in + out), from which on Winograd's tiles pay against fused
     winograd_a_branch: float  # the same, for each 3×3 branch, against mixed kernels
 
@@ -37,12 +38,14 @@ class Rule(NamedTuple):
 # By what a CPU calculates with, measured by `make bench`: the faster its plain convolutions are,
 # the less can be saved on them.
 RULES = {
-    "AVX2": Rule(mixing=2, winograd=24, winograd_a_branch=20),
-    "AVX512": Rule(mixing=2, winograd=70, winograd_a_branch=30),
-    "bfloat16": Rule(mixing=3, winograd=math.inf, winograd_a_branch=math.inf),
+    ("AVX2", "float32"): Rule(2, "grouped", winograd=24, winograd_a_branch=20),
+    ("AVX512", "float32"): Rule(2, "grouped", winograd=70, winograd_a_branch=30),
+    ("AVX512", "bfloat16"): Rule(3, "grouped", winograd=math.inf, winograd_a_branch=math.inf),
+    ("AMX", "bfloat16"): Rule(3, "patches", winograd=math.inf, winograd_a_branch=math.inf),
 }
 MIXING_POSITIONS = 144  # of a map; on smaller ones mixing takes that many times more kernels
-# Numbers in the mixed kernels that exist at a time: 64 MiB, half a GiB.
+# Numbers that exist at a time in the patches of images, and in the mixed kernels (64 MiB, 1 GiB).
+PATCHES_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
 KERNELS_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}
 TILES_AT_ONCE = 256  # so that what is made of them stays in the cache
 
@@ -88,10 +91,11 @@ class IntermediateBlock(nn.Module):
             look at m: `"constant"` is the softmax of L learned numbers, `"uniform"` is 1/L.
         bias: whether the branches have biases; pointless where batch normalisation follows.
         form: how the sum is evaluated. `"branches"`: as written. `"fused"`: the same, with the
-            weighted sum in one pass. Since convolution is linear, two others are the same
+            weighted sum in one pass. Since convolution is linear, three others are the same
             function: `"grouped"`, one convolution of each image with its own kernel, (Σ aₗ·Wₗ)∗x;
-            and `"winograd"` (3×3 and 1×1 kernels, stride 1), the sum inside Winograd's short
-            convolution of tiles. `"auto"` takes the cheapest for the shapes at hand.
+            `"patches"` (stride 1), the same as one matrix product for each image; and `"winograd"`
+            (3×3 and 1×1 kernels, stride 1), the sum inside Winograd's short convolution of tiles.
+            `"auto"` takes the cheapest for the shapes at hand.
 
     Attributes:
         temperature: of the softmax, which is nearly uniform where it is high (arXiv 1912.03458).
@@ -122,6 +126,8 @@ class IntermediateBlock(nn.Module):
         check_choice("gate", gate, GATES)
         check_choice("form", form, FORMS)
         sizes = kernel_sizes(kernel_size, branches)
+        if form == "patches" and stride != 1:
+            raise ValueError(f"form='patches' is not allowed with stride={stride}; it needs 1.")
         if form == "winograd" and (stride != 1 or max(sizes) != 3):
             raise ValueError(
                 f"form='winograd' is not allowed with kernel_size={kernel_size!r} and "
@@ -173,10 +179,12 @@ class IntermediateBlock(nn.Module):
         what the CPU calculates with.
 
         A mixed kernel is one convolution instead of L, but has to be made for each image, however
-        small its map: large maps, or many branches. Winograd's tiles save more than half of the
-        multiplications of 3×3 kernels (in·out), at a price for each channel (in + out): many
-        channels, and against mixed kernels, whose price hardly grows with L, few branches. The rest
-        fused. From where on is in `RULES`, for CPUs; on a GPU all is evaluated as written.
+        small its map: large maps, or many branches. Where products are quick, it is cheaper to
+        copy the map's patches than to rearrange a kernel for each image. Winograd's tiles save
+        more than half of the multiplications of 3×3 kernels (in·out), at a price for each channel
+        (in + out): many channels, and against mixed kernels, whose price hardly grows with L, few
+        branches. The rest fused. From where on is in `RULES`, for CPUs; on a GPU, where less than a
+        third of a step's time is convolution, all is fused.
         """
         everyone = list(range(len(self.branches)))
         if self.form != "auto" or x.device.type != "cpu":
@@ -184,6 +192,7 @@ class IntermediateBlock(nn.Module):
         sizes = [branch.kernel_size[0] for branch in self.branches]
         positions = math.ceil(x.shape[2] / self.stride) * math.ceil(x.shape[3] / self.stride)
         rule, kernels = rule_here(), sum(k * k for k in sizes) / max(sizes) ** 2
+        mixed = rule.mixed if self.stride == 1 else "grouped"
         mixing = kernels >= rule.mixing * max(1, MIXING_POSITIONS / positions)
         threes = [l for l, k in enumerate(sizes) if k == 3 and self.stride == 1]
         rest = [l for l in everyone if l not in threes]
@@ -191,7 +200,7 @@ class IntermediateBlock(nn.Module):
         needed = rule.winograd_a_branch * len(threes) if mixing else rule.winograd
         if threes and c * out / (c + out) >= needed:
             return [("winograd", threes)] + [("fused", rest)] * bool(rest)
-        return [("grouped" if mixing else "fused", everyone)]
+        return [(mixed if mixing else "fused", everyone)]
 
     @torch.compiler.disable  # its functions have gradients of their own, which are not for tracing
     def evaluate(self, form: str, part: list[int], x: Tensor, a: Tensor) -> Tensor:
@@ -203,12 +212,14 @@ class IntermediateBlock(nn.Module):
         if form == "fused":
             return _WeightedSum.apply(a, *[branch(x) for branch in branches])
         kernels, kind = stacked_kernels(branches), x.device.type
-        coarse = form == "grouped" and torch.is_autocast_enabled(kind)  # Winograd's tiles lose more
+        coarse = form != "winograd" and torch.is_autocast_enabled(kind)  # its tiles lose more
         dtype = torch.get_autocast_dtype(kind) if coarse else kernels.dtype
         with torch.autocast(kind, enabled=False):  # own gradients, of one number type
             x, a, kernels = x.to(dtype), a.to(dtype), kernels.to(dtype)
             if form == "grouped":
                 x_new = _GroupedConvolution.apply(x, a, kernels, self.stride)
+            elif form == "patches":
+                x_new = _PatchProducts.apply(x, a, kernels)
             else:
                 x_new = _WinogradConvolution.apply(x, a, kernels)
         if branches[0].bias is None:
@@ -217,12 +228,19 @@ class IntermediateBlock(nn.Module):
         return x_new + (a @ biases)[:, :, None, None]
 
 
+def instructions() -> str:
+    """What the CPU calculates with: AMX (on whole tiles of bfloat16 numbers, and all else as with
+    AVX512), AVX512, AVX2, or what else PyTorch calls it."""
+    tiles = torch.cpu.get_capabilities().get("amx_bf16", False)
+    return "AMX" if tiles else torch.backends.cpu.get_cpu_capability()
+
+
 def rule_here() -> Rule:
-    """The rule for the numbers that are calculated with here: under autocast those of half the
-    length, otherwise by the CPU's instructions."""
+    """The rule for the CPU and the numbers that are calculated with here, half as long under
+    autocast; where nothing was measured, that of the next older kind."""
     if torch.is_autocast_enabled("cpu"):
-        return RULES["bfloat16"]
-    return RULES["AVX512" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "AVX2"]
+        return RULES["AMX" if instructions() == "AMX" else "AVX512", "bfloat16"]
+    return RULES["AVX512" if instructions() in ("AMX", "AVX512") else "AVX2", "float32"]
 
 
 def one_for_each(argument: str, value: int | Sequence[int], count: int, things: str) -> list[int]:
@@ -341,6 +359,63 @@ class _GroupedConvolution(torch.autograd.Function):
                 grad_x[part] = grad_y.reshape(x[part].shape)
         grad_x = grad_x if ctx.needs_input_grad[0] else None
         return grad_x, grad_a, grad_bank.view_as(weight), None
+
+
+class _PatchProducts(torch.autograd.Function):
+    """(Σ aₗ·Wₗ)∗x of stride 1: the k×k patches of each image, times a kernel mixed for it.
+
+    The patches are the rows of a matrix positions×(k²·c), a mixed kernel is one (k²·c)×out. Back to
+    x it is the same with the patches of the gradient and kernels turned by 180°. No kernel has to
+    be rearranged for each image, as a convolution's is. Patches and kernels are made for a few
+    images at a time, and again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, weight: Tensor) -> Tensor:
+        (out, k), (h, w) = (weight.shape[1], weight.shape[3]), x.shape[2:]
+        padded, bank = _rimmed(x, k // 2), weight.permute(0, 3, 4, 2, 1).flatten(1)
+        x_new = x.new_empty(len(x), h, w, out)
+        at_once = PATCHES_AT_ONCE[x.device.type] // (h * w * weight[0, 0].numel())
+        for part in _parts(len(x), at_once):
+            patches = _patches(padded[part], k)
+            kernels = (a[part] @ bank).view(len(patches), -1, out)
+            torch.bmm(patches, kernels, out=x_new[part].view(len(patches), h * w, out))
+        ctx.save_for_backward(padded, a, weight)
+        return x_new.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        padded, a, weight = ctx.saved_tensors
+        (L, out, c, k, _), (b, _, h, w) = weight.shape, grad.shape
+        bank = weight.permute(0, 3, 4, 2, 1).flatten(1)
+        turned = weight.flip(3, 4).permute(0, 3, 4, 1, 2).flatten(1)
+        rimmed, grad_x = _rimmed(grad, k // 2), grad.new_empty(b, h, w, c)
+        grad = grad.permute(0, 2, 3, 1).reshape(b, h * w, out)
+        grad_a, grad_bank = torch.empty_like(a), torch.zeros_like(bank)
+        for part in _parts(b, PATCHES_AT_ONCE[grad.device.type] // (h * w * k * k * max(c, out))):
+            images = len(a[part])
+            patches = _patches(padded[part], k)
+            grad_kernels = torch.bmm(patches.transpose(1, 2), grad[part]).view(images, -1)
+            grad_bank.addmm_(a[part].t(), grad_kernels)
+            grad_a[part] = (bank @ grad_kernels.t()).t()  # twice as quick as the other way round
+            if ctx.needs_input_grad[0]:
+                kernels = (a[part] @ turned).view(images, -1, c)
+                to_x = grad_x[part].view(images, h * w, c)
+                torch.bmm(_patches(rimmed[part], k), kernels, out=to_x)
+        grad_x = grad_x.permute(0, 3, 1, 2) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_a, grad_bank.view(L, k, k, c, out).permute(0, 4, 3, 1, 2)
+
+
+def _rimmed(x: Tensor, rim: int) -> Tensor:
+    """x, b×c×h×w, as b×h×w×c with a rim of zeros."""
+    return F.pad(x.permute(0, 2, 3, 1), (0, 0, rim, rim, rim, rim)).contiguous()
+
+
+def _patches(rimmed: Tensor, k: int) -> Tensor:
+    """The k×k patches of rimmed b×h×w×c maps, at stride 1: b×positions×(k²·c)."""
+    views = rimmed.unfold(1, k, 1).unfold(2, k, 1)  # b×rows×columns×c×k×k
+    return views.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(1, 2)
 
 
 def _parts(images: int, at_once: int) -> list[slice]:
@@ -826,7 +901,7 @@ def _block_multiply_adds(block: IntermediateBlock, x: Tensor, output: Tensor) ->
     for form, part in block.parts(x):
         own, biases = [kernels[l] for l in part], 0 if block.branches[0].bias is None else out
         match form:
-            case "grouped":
+            case "grouped" | "patches":
                 evaluated += max(own) * (len(part) + positions) + len(part) * biases
             case "winograd":
                 evaluated += _winograd_multiply_adds(len(part), c, out, output) + len(part) * biases

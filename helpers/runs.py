@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from helpers.data import IMAGE_SIZE, ROOT, ImageData, ImageSet, split
-from helpers.model import ACTIVATIONS, GATES, BlockNetwork, layer_table
+from helpers.model import ACTIVATIONS, GATES, BlockNetwork, instructions, layer_table
 
 RUNS = ROOT / "notebooks" / "runs"
 BENCHMARKS = ROOT / "notebooks" / "benchmarks"  # of `make bench`, a folder a kind of CPU
@@ -757,7 +757,7 @@ def surroundings(device: torch.device, precision: str = "float32") -> dict[str, 
     hardware: dict[str, Any] = {
         "processor": processor(),
         "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": instructions(),
         "device": device.type,
         "precision": str(pick_precision(precision, device)).removeprefix("torch."),
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import bench, runs
+from helpers import bench, model, runs
 from helpers.model import IntermediateBlock
 
 
@@ -78,7 +78,7 @@ def test_auto_is_never_much_worse_than_the_best_form(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`model.RULES` are right about the shapes that were measured on each kind of CPU."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: folder.name)
+    monkeypatch.setattr(model, "instructions", lambda: folder.name)
     blocks = runs.benchmark("blocks", folder)
     for case, own in blocks.groupby(["precision", "in", "out", "map", "kernels"]):
         precision, c, out, size, kernels = case

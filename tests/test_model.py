@@ -38,8 +38,10 @@ FAST = tuple(form for form in model.FORMS if form != "branches")
 
 
 def possible(shape, form):
-    """Winograd's tiles are for kernels up to 3×3 and stride 1."""
-    return form != "winograd" or (shape[2] == 1 and np.max(shape[1]) == 3)
+    """Winograd's tiles are for kernels up to 3×3, and they and patches for stride 1."""
+    if form == "winograd" and np.max(shape[1]) != 3:
+        return False
+    return form not in ("winograd", "patches") or shape[2] == 1
 
 
 CASES = [(shape, form) for shape in SHAPES for form in model.FORMS if possible(shape, form)]
@@ -48,7 +50,8 @@ CASES = [(shape, form) for shape in SHAPES for form in model.FORMS if possible(s
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """So few images at a time that batches of 11 are several parts and a rest."""
-    monkeypatch.setattr(model, "KERNELS_AT_ONCE", dict.fromkeys(("cpu", "cuda"), 4 * 3 * 4 * 9))
+    for name, numbers in (("KERNELS_AT_ONCE", 4 * 3 * 4 * 9), ("PATCHES_AT_ONCE", 4 * 9 * 4 * 36)):
+        monkeypatch.setattr(model, name, dict.fromkeys(("cpu", "cuda"), numbers))
     monkeypatch.setattr(model, "TILES_AT_ONCE", 16)
 
 
@@ -170,6 +173,11 @@ def test_grouped_convolution_passes_gradcheck(k, stride):
     assert gradcheck(lambda *inputs: model._GroupedConvolution.apply(*inputs, stride), 3, k)
 
 
+@pytest.mark.parametrize(("L", "k"), [(1, 3), (3, 1), (3, 3), (2, 5)])
+def test_patch_products_pass_gradcheck(L, k):
+    assert gradcheck(model._PatchProducts.apply, L, k)
+
+
 @pytest.mark.parametrize("L", [1, 3])
 def test_winograd_convolution_passes_gradcheck(L):
     assert gradcheck(model._WinogradConvolution.apply, L, 3)
@@ -182,7 +190,7 @@ def test_winograds_matrices_convolve_four_outputs_with_six_products():
     torch.testing.assert_close(A.t() @ ((G @ w) * (B.t() @ d)), plain)
 
 
-@pytest.mark.parametrize("form", ["fused", "grouped", "winograd"])
+@pytest.mark.parametrize("form", ["fused", "grouped", "patches", "winograd"])
 def test_fast_forms_refuse_a_second_derivative(form):
     block, x = block_of(SHAPES[1], form), random_maps(SHAPES[1])
     (gradient,) = torch.autograd.grad((block(x) ** 2).sum(), x, create_graph=True)
@@ -190,7 +198,7 @@ def test_fast_forms_refuse_a_second_derivative(form):
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("form", ["grouped", "winograd"])
+@pytest.mark.parametrize("form", ["grouped", "patches", "winograd"])
 def test_nothing_that_grows_with_images_times_branches_is_kept(form):
     b, c, out, L = 64, 16, 16, 4
     block = IntermediateBlock(c, out, L, form=form)
@@ -320,7 +328,7 @@ def test_branches_are_independent_convolutions():
 
 
 @pytest.mark.parametrize("gate", ["linear", "softmax"])
-@pytest.mark.parametrize("form", ["branches", "fused", "grouped", "winograd"])
+@pytest.mark.parametrize("form", ["branches", "fused", "grouped", "patches", "winograd"])
 def test_every_form_has_gradients_under_autocast(form, gate):
     """As a GPU trains; here on the CPU, whose autocast has the same rules for these operations."""
     torch.manual_seed(0)
@@ -342,7 +350,7 @@ def test_every_form_has_gradients_under_autocast(form, gate):
 @pytest.fixture(autouse=True)
 def rule_of_avx2(monkeypatch):
     """The forms are chosen as on a CPU with AVX2, whatever this one has."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(model, "instructions", lambda: "AVX2")
 
 
 def parts_of(size, kernel_size, stride=1, channels=(128, 128), device="cpu"):
@@ -385,21 +393,28 @@ def test_auto_weighs_winograds_price_for_each_branch_against_mixed_kernels():
 
 
 def test_auto_takes_winograd_with_avx512_for_more_channels_yet(monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(model, "instructions", lambda: "AVX512")
     assert parts_of(8, (3, 3)) == [("fused", [0, 1])]
     assert parts_of(8, (3, 3), channels=(384, 384)) == [("winograd", [0, 1])]
     assert parts_of(16, (3, 3)) == [("winograd", [0, 1])]
     assert parts_of(16, (3, 3, 3)) == [("grouped", [0, 1, 2])]
 
 
-def test_auto_in_bfloat16_mixes_three_kernels_and_never_takes_winograd():
+@pytest.mark.parametrize(("here", "mixed"), [("AVX2", "grouped"), ("AMX", "patches")])
+def test_auto_in_bfloat16_mixes_three_kernels_and_never_takes_winograd(here, mixed, monkeypatch):
+    monkeypatch.setattr(model, "instructions", lambda: here)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert parts_of(16, (3, 3), channels=(384, 384)) == [("fused", [0, 1])]
-        assert parts_of(16, (3, 3, 3)) == [("grouped", [0, 1, 2])]
+        assert parts_of(16, (3, 3, 3)) == [(mixed, [0, 1, 2])]
+        assert parts_of(32, (3, 3, 3), 2) == [("grouped", [0, 1, 2])]
+        assert parts_of(8, (3,) * 8) == [(mixed, list(range(8)))]
         assert parts_of(8, (3, 3, 3), channels=(384, 384)) == [("fused", [0, 1, 2])]
+        assert parts_of(4, (3, 3, 3)) == [("fused", [0, 1, 2])]
+        assert parts_of(32, (3, 3, 3), stride=2) == [("grouped", [0, 1, 2])]
+        assert parts_of(16, (3, 3, 3), stride=2) == [("fused", [0, 1, 2])]
 
 
-@pytest.mark.parametrize("form", ["fused", "grouped"])
+@pytest.mark.parametrize("form", ["fused", "grouped", "patches"])
 def test_maps_stay_in_bfloat16_under_autocast(form):
     block = IntermediateBlock(8, 8, 3, bias=False, form=form)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -568,9 +583,10 @@ WRONG_BLOCKS = [
     ({"kernel_size": 3.0}, ["kernel_size=3.0", "integer"]),
     ({"kernel_size": "3"}, ["kernel_size='3'", "one number"]),
     ({"gate": "relu"}, ["gate='relu'", "linear, softmax, sigmoid"]),
+    ({"form": "patches", "stride": 2}, ["form='patches'", "stride=2", "needs 1"]),
     ({"form": "winograd", "stride": 2}, ["form='winograd'", "stride=2", "3×3", "stride 1"]),
     ({"form": "winograd", "kernel_size": 5}, ["form='winograd'", "kernel_size=5", "3×3"]),
-    ({"form": "fast"}, ["form='fast'", "auto, branches, fused, grouped, winograd"]),
+    ({"form": "fast"}, ["form='fast'", "auto, branches, fused, grouped, patches, winograd"]),
 ]
 WRONG_NETWORKS = [
     ({"widths": []}, ["widths=[]", "at least one block"]),
@@ -659,11 +675,12 @@ def test_layer_table_equals_counts_by_hand():
     assert list(table["form"]) == ["", "branches", "", "branches", "", ""]
 
 
+@pytest.mark.parametrize("form", ["grouped", "patches"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_layer_table_counts_the_mixing_of_kernels(bias):
+def test_layer_table_counts_the_mixing_of_kernels(bias, form):
     network = BlockNetwork(
         [5], 2, kernel_size=(1, 3), gate="linear", normalise=not bias, activation="none",
-        form="grouped",
+        form=form,
     )  # fmt: skip
     row = layer_table(network, image_size=4).loc["B1"]
     gate = 3 * 2

@@ -15,7 +15,7 @@ import torch
 from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
-from helpers import data, evaluation, report, runs, study, training
+from helpers import data, evaluation, model, report, runs, study, training
 from helpers.model import BlockNetwork
 
 TINY = {
@@ -71,7 +71,7 @@ def test_wide_networks_of_one_branch_have_the_size_that_their_names_say(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The arithmetic in the forms that a CPU with AVX2 takes."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(model, "instructions", lambda: "AVX2")
 
     def size(variant: str) -> tuple[float, float]:
         settings = runs.Settings(**study.parameters_of(study.run_name(variant, 0)))
