@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, FancyBboxPatch, Patch, Polygon
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import NullFormatter
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
@@ -474,7 +474,7 @@ def _names_beside(axes: Axes, names: pd.Series, x: pd.Series, y: pd.Series) -> N
     """
     low, high = axes.get_ylim()
     order = pd.DataFrame({"y": y.round(1), "x": -x}).sort_values(["y", "x"]).index
-    heights, gaps = (y[order] - low) / (high - low), 0.06 * np.arange(len(order))
+    heights, gaps = (y[order] - low) / (high - low), 0.047 * np.arange(len(order))
     places = isotonic_regression(heights - gaps).x + gaps  # the least pushing that parts them
     for number, place in zip(order, places):
         axes.annotate(
@@ -495,7 +495,8 @@ def accuracy_by_cost(compared: pd.DataFrame, published: tuple[float, float, floa
         compared: `runs.by_cost()`; bars are standard deviations over seeds.
         published: accuracy, minutes and multiply-adds of the answer to compare with.
     """
-    drawn, panels = plt.subplots(1, 2, figsize=(1.6 * WIDTH, 5.4), sharey=True)
+    wider = {"width_ratios": (1.15, 1)}
+    drawn, panels = plt.subplots(1, 2, figsize=(1.6 * WIDTH, 6.8), sharey=True, gridspec_kw=wider)
     for axes, column, other in zip(panels, ("minutes", "work"), published[1:]):
         for (kind, own), colour in zip(compared.groupby("kind"), (TEST, TRAINING, *COLOURS[2:])):
             axes.errorbar(
@@ -511,7 +512,6 @@ def accuracy_by_cost(compared: pd.DataFrame, published: tuple[float, float, floa
         _large(axes)
     _names_beside(panels[0], compared["run"], compared["minutes"], 100 * compared["accuracy"])
     panels[0].set(xlabel="minutes of training", ylabel="test accuracy in %")
-    panels[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panels[0].xaxis.set_major_formatter("{x:g}")
     panels[0].xaxis.set_minor_formatter(NullFormatter())
     panels[1].set_xlabel("multiply-adds of the training")

@@ -506,7 +506,8 @@ def make_pdf(run: runs.Run, drawn: Path, target: Path) -> None:
 
 def pdf_content(run: runs.Run) -> dict:
     """Every number of the PDF as text, from the records."""
-    settings, seeds = runs.settings_of(run), runs.seeds_of(run)
+    settings, everywhere = runs.settings_of(run), runs.seeds_anywhere(run)
+    seeds = everywhere[everywhere["kind"] == runs.kind_of(run)]
     parts = [runs.parameters_of(one) for one in runs.lineage(run)]
     accuracy, minutes = 100 * seeds["test_accuracy"], seeds["train_seconds"] / 60
     spread = f"{len(seeds)} seeds (mean ± standard deviation)" if len(seeds) > 1 else "1 seed"
@@ -518,12 +519,13 @@ def pdf_content(run: runs.Run) -> dict:
         f"{settings.seed}: {100 * low:.2f} to {100 * high:.2f} %."
     )
     made = runs.by_cost(run.metrics["dataset"])
+    others = made[~made["run"].isin(everywhere["run"].map(runs.without_seed))]
     choices = runs.choices(run.metrics["dataset"])
     return {
         "stand_in": "" if run.metrics["dataset"] == "cifar10" else STAND_IN,
-        "result": result,
+        "result": result + on_other_machines(everywhere[~everywhere.index.isin(seeds.index)]),
         "seed": str(settings.seed),
-        "best": best_of(seeds) + not_chosen(accuracy.mean() / 100, made),
+        "best": best_of(everywhere) + not_chosen(accuracy.mean() / 100, others),
         "measured": when_measured(parts),
         "skips": settings.skip_easy > 0,
         "altered": settings.trivial_augment > 0,
@@ -548,9 +550,9 @@ def pdf_content(run: runs.Run) -> dict:
         "seeds": [
             [
                 row["run"], f"{row['test_accuracy']:.2%}", f"{row['test_accuracy_tta']:.2%}",
-                f"{row['training_accuracy']:.2%}", f"{row['train_seconds'] / 60:.1f}",
+                f"{row['training_accuracy']:.2%}", f"{row['train_seconds'] / 60:.1f}", row["kind"],
             ]
-            for _, row in seeds.iterrows()
+            for _, row in everywhere.iterrows()
         ],
         "history": [
             [
@@ -597,10 +599,25 @@ def layers_in_short(layers: pd.DataFrame) -> list[list[str]]:
     ]  # fmt: skip
 
 
+def on_other_machines(seeds: pd.DataFrame) -> str:
+    """A sentence on each other kind of machine on which the same parameters were trained, from
+    `runs.seeds_anywhere`."""
+    said = ""
+    for _, own in seeds.groupby("kind", sort=False):
+        accuracy = mean_and_deviation(100 * own["test_accuracy"], 2)
+        minutes = mean_and_deviation(own["train_seconds"] / 60, 1)
+        named = dict.fromkeys(runs.machine_of(runs.read(name)) for name in own["run"])
+        said += (
+            f" The same parameters on {' and '.join(named)}: {accuracy} % after {minutes} "
+            f"minutes, n = {len(own)}."
+        )
+    return said
+
+
 def best_of(seeds: pd.DataFrame) -> str:
-    """The sentence on the best accuracy, from `runs.seeds_of`."""
+    """The sentence on the best accuracy, from `runs.seeds_anywhere`."""
     best = seeds.loc[seeds["test_accuracy"].idxmax()]
-    which = "The best of the seeds" if len(seeds) > 1 else "The one seed"
+    which = f"The best of the seeds, {best['run']}," if len(seeds) > 1 else "The one seed"
     return (
         f"{which} reaches {best['test_accuracy']:.2%}, and {best['test_accuracy_tta']:.2%} with "
         "test-time augmentation (a weighted mean of six views)."

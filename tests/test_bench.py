@@ -69,6 +69,17 @@ def test_the_record_holds_every_case() -> None:
     assert runs.benchmark("profile")["share"].sum() == pytest.approx(1, abs=0.01)
 
 
+def test_the_record_of_a_gpu_is_kept_apart() -> None:
+    (gpu,) = runs.benchmark_folders("cuda")
+    assert gpu not in runs.benchmark_folders()
+    assert runs.benchmark_machine(gpu).startswith("NVIDIA")
+    assert len(runs.benchmark("steps", gpu)) == 2 * len(bench.BRANCHES)
+    for table in ("profile", "profile_full"):
+        shares = runs.benchmark(table, gpu).set_index("what")["share"]
+        assert list(shares.index[:-1]) == [*bench.CONVOLUTIONS["cuda"], *bench.OTHERS]
+        assert shares.sum() == pytest.approx(1, abs=0.01)
+
+
 def test_the_machine_is_named() -> None:
     assert re.search(r"\d+ threads", runs.benchmark_machine())
 

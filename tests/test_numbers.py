@@ -46,9 +46,20 @@ def recorded() -> tuple[set[str], set[str]]:
     ends = evaluation.interval(round(report.TEST_IMAGES * best), report.TEST_IMAGES)
     accuracies |= {f"{100 * end:.2f}" for end in ends}
     accuracies.add(f"{100 * runs.read('restarted-seed0').history['test_accuracy'].iloc[-2]:.2f}")
+    accuracies |= {f"{100 * share:.0f}" for share in gpu_convolutions().values()}
     for history in runs.RUNS.glob("choice-*/history.csv"):
         accuracies.add(f"{100 * pd.read_csv(history)['validation_accuracy'].iloc[-1]:.2f}")
     return accuracies, minutes
+
+
+def gpu_convolutions() -> dict[str, float]:
+    """The share of a GPU's time in a step that is convolution, by preset."""
+    (gpu,) = runs.benchmark_folders("cuda")
+    tables = {"quick": "profile", "full": "profile_full"}
+    return {
+        name: runs.benchmark(table, gpu).set_index("what")["share"]["convolutions"]
+        for name, table in tables.items()
+    }
 
 
 def prose(path: Path) -> str:
@@ -118,6 +129,28 @@ def test_the_readmes_ratios_are_those_of_the_records() -> None:
     for words, numbers in stated.items():
         assert words in text
         assert all(round(ratio) == said for ratio, said in numbers), words
+
+
+def test_the_readme_states_what_was_measured_on_a_gpu() -> None:
+    text = " ".join(prose(ROOT / "README.md").split())
+    shares = gpu_convolutions()
+    assert f"Convolutions are {shares['full']:.0%} of".replace("%", " %") in text
+    assert f"step of `full`, and {shares['quick']:.0%} in".replace("%", " %") in text
+    steps = runs.benchmark("steps", runs.benchmark_folders("cuda")[-1])
+    ratio = steps[steps["L"] == 4].set_index("form")["ratio"]
+    assert f"takes {ratio['auto']:.1f} times as long as with one, as built" in text
+    assert f"and {ratio['branches']:.1f} times as written" in text
+    seeds = runs.seeds_of(runs.read("full-gpu-seed0"))
+    accuracy, with_tta = (
+        mean_and_deviation(100 * seeds[name], 2) for name in ("test_accuracy", "test_accuracy_tta")
+    )
+    assert (
+        f"take {seeds['train_seconds'].mean():.0f} seconds from the first weights to "
+        f"**{accuracy} %** (n = {len(seeds)} seeds, mean ± standard deviation; "
+        f"{with_tta} % with it)"
+    ) in text
+    low, high = (f"{100 * end:.2f} %" for end in seeds["test_accuracy"].agg(["min", "max"]))
+    assert f"the four of `full-gpu` are such runs, and reach {low} to {high}" in text
 
 
 def text_outputs(name: str) -> list[str]:

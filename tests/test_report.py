@@ -358,6 +358,15 @@ def test_pdf_has_three_pages_at_most_and_its_numbers_are_the_records(tmp_path: P
     assert sum(numbers) == table["parameters"].sum() == run.metrics["parameters"]
 
 
+def test_the_same_parameters_on_a_gpu_are_in_the_pdf_and_none_of_it_is_called_another() -> None:
+    content = report.pdf_content(runs.read("full-seed0"))
+    on_gpu = runs.seeds_of(runs.read("full-gpu-seed0"))
+    assert "The same parameters on NVIDIA H100" in content["result"]
+    assert content["result"].endswith(f"n = {len(on_gpu)}.")
+    assert [row[0] for row in content["seeds"]] == ["full-seed0", *on_gpu["run"]]
+    assert "full-gpu," not in content["best"]
+
+
 def test_a_training_on_two_machines_names_both() -> None:
     first, second = (runs.read(f"{name}-seed0") for name in ("wide-blocks", "full"))
     assert report.machines([second]) == f" on {runs.machine_of(second)}"

@@ -513,6 +513,21 @@ def test_choices_are_compared_with_the_base_of_their_family(
     assert runs.choices("cifar10").empty
 
 
+def test_the_same_parameters_on_another_machine_are_found() -> None:
+    """Whatever the preset was called when the run was made, and whatever it went on from."""
+    for name, own in (("full", 1), ("hour", 1), ("quick", 3)):
+        here = runs.read(f"{name}-seed0")
+        everywhere = runs.seeds_anywhere(here)
+        kinds = everywhere["kind"].tolist()
+        assert kinds[:own] == [runs.kind_of(here)] * own
+        assert set(kinds[own:]) == {"GPU, bfloat16"}
+        assert everywhere["run"].tolist()[own:] == sorted(
+            run for run in runs.names() if run.startswith(f"{name}-gpu-seed")
+        )
+    alone = runs.seeds_anywhere(runs.read("nine-blocks-seed0"))
+    assert alone["run"].tolist() == ["nine-blocks-seed0"]
+
+
 def test_the_readme_states_what_the_records_say() -> None:
     """Every result in the README is that of the records, rounded."""
     readme = " ".join((data.ROOT / "README.md").read_text(encoding="utf-8").split())
