@@ -288,6 +288,7 @@ def bench_profile_full() -> pd.DataFrame:
 TRIED: dict[str, dict[str, Any]] = {
     "blocks as written": {"form": "branches"},
     "weighted sum in one pass, nothing else": {"form": "fused"},
+    "weights multiplied with each block's input": {"form": "scaled"},
     "mixed kernels in every block": {"form": "grouped"},
     "contiguous maps": {"layout": "contiguous_format"},
     "freed memory given back": {"keep": False},

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 GATES = ("linear", "softmax", "sigmoid", "constant", "uniform")
-FORMS = ("auto", "branches", "fused", "grouped", "patches", "winograd")
+FORMS = ("auto", "branches", "fused", "scaled", "grouped", "patches", "winograd")
 ACTIVATIONS = {"none": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
@@ -31,7 +31,7 @@ class Rule(NamedTuple):
 
     mixing: float  # Σ k² over the largest k², from which on it pays on large maps to mix kernels
     mixed: str  # how to convolve with mixed kernels: "grouped", or "patches" (stride 1)
-    winograd: float  # in·out / (in + out), from which on Winograd's tiles pay against fused
+    winograd: float  # in·out / (in + out), from which on Winograd's tiles pay, if kernels don't mix
     winograd_a_branch: float  # the same, for each 3×3 branch, against mixed kernels
 
 
@@ -41,6 +41,7 @@ RULES = {
     ("AVX2", "float32"): Rule(2, "grouped", winograd=24, winograd_a_branch=20),
     ("AVX512", "float32"): Rule(2, "grouped", winograd=70, winograd_a_branch=30),
     ("AVX512", "bfloat16"): Rule(3, "grouped", winograd=math.inf, winograd_a_branch=math.inf),
+    ("AMX", "float32"): Rule(2, "grouped", winograd=60, winograd_a_branch=20),
     ("AMX", "bfloat16"): Rule(3, "patches", winograd=math.inf, winograd_a_branch=math.inf),
 }
 MIXING_POSITIONS = 144  # of a map; on smaller ones mixing takes that many times more kernels
@@ -91,10 +92,11 @@ class IntermediateBlock(nn.Module):
             look at m: `"constant"` is the softmax of L learned numbers, `"uniform"` is 1/L.
         bias: whether the branches have biases; pointless where batch normalisation follows.
         form: how the sum is evaluated. `"branches"`: as written. `"fused"`: the same, with the
-            weighted sum in one pass. Since convolution is linear, three others are the same
-            function: `"grouped"`, one convolution of each image with its own kernel, (Σ aₗ·Wₗ)∗x;
-            `"patches"` (stride 1), the same as one matrix product for each image; and `"winograd"`
-            (3×3 and 1×1 kernels, stride 1), the sum inside Winograd's short convolution of tiles.
+            weighted sum in one pass. Since convolution is linear, four others are the same
+            function: `"scaled"`, Σ Wₗ∗(aₗ·x); `"grouped"`, one convolution of each image with its
+            own kernel, (Σ aₗ·Wₗ)∗x; `"patches"` (stride 1), the same as one matrix product for each
+            image; and `"winograd"` (3×3 and 1×1 kernels, stride 1), the sum inside Winograd's short
+            convolution of tiles.
             `"auto"` takes the cheapest for the shapes at hand.
 
     Attributes:
@@ -183,8 +185,9 @@ class IntermediateBlock(nn.Module):
         copy the map's patches than to rearrange a kernel for each image. Winograd's tiles save
         more than half of the multiplications of 3×3 kernels (in·out), at a price for each channel
         (in + out): many channels, and against mixed kernels, whose price hardly grows with L, few
-        branches. The rest fused. From where on is in `RULES`, for CPUs; on a GPU, where less than a
-        third of a step's time is convolution, all is fused.
+        branches. From where on is in `RULES`, for CPUs. The rest is evaluated as written but for
+        where a is multiplied: with x where that is fewer numbers than the result, else in one pass
+        with what the branches give; on a GPU always the latter, where the former is not measured.
         """
         everyone = list(range(len(self.branches)))
         if self.form != "auto" or x.device.type != "cpu":
@@ -198,9 +201,10 @@ class IntermediateBlock(nn.Module):
         rest = [l for l in everyone if l not in threes]
         c, out = x.shape[1], self.branches[0].out_channels
         needed = rule.winograd_a_branch * len(threes) if mixing else rule.winograd
+        plain = "scaled" if x.shape[1:].numel() < out * positions else "fused"
         if threes and c * out / (c + out) >= needed:
-            return [("winograd", threes)] + [("fused", rest)] * bool(rest)
-        return [(mixed if mixing else "fused", everyone)]
+            return [("winograd", threes)] + [(plain, rest)] * bool(rest)
+        return [(mixed if mixing else plain, everyone)]
 
     @torch.compiler.disable  # its functions have gradients of their own, which are not for tracing
     def evaluate(self, form: str, part: list[int], x: Tensor, a: Tensor) -> Tensor:
@@ -211,6 +215,8 @@ class IntermediateBlock(nn.Module):
             return weighted_sum(x, a, branches)
         if form == "fused":
             return _WeightedSum.apply(a, *[branch(x) for branch in branches])
+        if form == "scaled":
+            return with_biases(sum_of_scaled(x, a, branches), a, branches)
         kernels, kind = stacked_kernels(branches), x.device.type
         coarse = form != "winograd" and torch.is_autocast_enabled(kind)  # its tiles lose more
         dtype = torch.get_autocast_dtype(kind) if coarse else kernels.dtype
@@ -222,10 +228,7 @@ class IntermediateBlock(nn.Module):
                 x_new = _PatchProducts.apply(x, a, kernels)
             else:
                 x_new = _WinogradConvolution.apply(x, a, kernels)
-        if branches[0].bias is None:
-            return x_new
-        biases = torch.stack([branch.bias for branch in branches])
-        return x_new + (a @ biases)[:, :, None, None]
+        return with_biases(x_new, a, branches)
 
 
 def instructions() -> str:
@@ -239,8 +242,8 @@ def rule_here() -> Rule:
     """The rule for the CPU and the numbers that are calculated with here, half as long under
     autocast; where nothing was measured, that of the next older kind."""
     if torch.is_autocast_enabled("cpu"):
-        return RULES["AMX" if instructions() == "AMX" else "AVX512", "bfloat16"]
-    return RULES["AVX512" if instructions() in ("AMX", "AVX512") else "AVX2", "float32"]
+        return RULES.get((instructions(), "bfloat16"), RULES["AVX512", "bfloat16"])
+    return RULES.get((instructions(), "float32"), RULES["AVX2", "float32"])
 
 
 def one_for_each(argument: str, value: int | Sequence[int], count: int, things: str) -> list[int]:
@@ -282,6 +285,24 @@ def weighted_sum(x: Tensor, a: Tensor, branches: Sequence[nn.Module]) -> Tensor:
     for l, branch in enumerate(others, start=1):
         total = total + a[:, l, None, None, None] * branch(x)
     return total
+
+
+def sum_of_scaled(x: Tensor, a: Tensor, branches: Sequence[nn.Conv2d]) -> Tensor:
+    """Σ Wₗ∗(aₗ·x), which is Σ aₗ·(Wₗ∗x) without the biases: a is multiplied with the input."""
+    scales = a.to(x.dtype)[:, :, None, None, None].unbind(dim=1)
+    terms = (
+        F.conv2d(scale * x, branch.weight, None, branch.stride, branch.padding)
+        for scale, branch in zip(scales, branches, strict=True)
+    )
+    return reduce(torch.add, terms)
+
+
+def with_biases(x_new: Tensor, a: Tensor, branches: Sequence[nn.Conv2d]) -> Tensor:
+    """x′ with Σ aₗ·bₗ added, if the branches have biases bₗ."""
+    if branches[0].bias is None:
+        return x_new
+    biases = torch.stack([branch.bias for branch in branches])
+    return x_new + (a @ biases)[:, :, None, None]
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -903,6 +924,9 @@ def _block_multiply_adds(block: IntermediateBlock, x: Tensor, output: Tensor) ->
         match form:
             case "grouped" | "patches":
                 evaluated += max(own) * (len(part) + positions) + len(part) * biases
+            case "scaled":
+                evaluated += len(part) * x.shape[1:].numel() + sum(own) * positions
+                evaluated += len(part) * biases
             case "winograd":
                 evaluated += _winograd_multiply_adds(len(part), c, out, output) + len(part) * biases
             case _:

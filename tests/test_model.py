@@ -328,7 +328,7 @@ def test_branches_are_independent_convolutions():
 
 
 @pytest.mark.parametrize("gate", ["linear", "softmax"])
-@pytest.mark.parametrize("form", ["branches", "fused", "grouped", "patches", "winograd"])
+@pytest.mark.parametrize("form", [form for form in model.FORMS if form != "auto"])
 def test_every_form_has_gradients_under_autocast(form, gate):
     """As a GPU trains; here on the CPU, whose autocast has the same rules for these operations."""
     torch.manual_seed(0)
@@ -381,8 +381,18 @@ def test_auto_takes_the_cheapest_forms_by_shapes(size, kernel_size, stride, part
 
 @pytest.mark.parametrize("channels", [(24, 128), (128, 24), (32, 32)])
 def test_auto_takes_winograd_for_many_channels_only(channels):
-    assert parts_of(8, (3, 3), channels=channels) == [("fused", [0, 1])]
+    plain = "scaled" if channels[0] < channels[1] else "fused"
+    assert parts_of(8, (3, 3), channels=channels) == [(plain, [0, 1])]
     assert parts_of(16, (3, 3), channels=channels) == [("grouped", [0, 1])]
+
+
+@pytest.mark.parametrize(
+    ("channels", "stride", "form"),
+    [((24, 32), 1, "scaled"), ((32, 32), 1, "fused"), ((24, 32), 2, "fused"),
+     ((8, 64), 2, "scaled")],
+)  # fmt: skip
+def test_auto_multiplies_a_with_the_smaller_of_x_and_what_the_branches_give(channels, stride, form):
+    assert parts_of(8, (5, 1), stride, channels) == [(form, [0, 1])]
 
 
 def test_auto_weighs_winograds_price_for_each_branch_against_mixed_kernels():
@@ -414,7 +424,7 @@ def test_auto_in_bfloat16_mixes_three_kernels_and_never_takes_winograd(here, mix
         assert parts_of(16, (3, 3, 3), stride=2) == [("fused", [0, 1, 2])]
 
 
-@pytest.mark.parametrize("form", ["fused", "grouped", "patches"])
+@pytest.mark.parametrize("form", ["fused", "scaled", "grouped", "patches"])
 def test_maps_stay_in_bfloat16_under_autocast(form):
     block = IntermediateBlock(8, 8, 3, bias=False, form=form)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -586,7 +596,10 @@ WRONG_BLOCKS = [
     ({"form": "patches", "stride": 2}, ["form='patches'", "stride=2", "needs 1"]),
     ({"form": "winograd", "stride": 2}, ["form='winograd'", "stride=2", "3×3", "stride 1"]),
     ({"form": "winograd", "kernel_size": 5}, ["form='winograd'", "kernel_size=5", "3×3"]),
-    ({"form": "fast"}, ["form='fast'", "auto, branches, fused, grouped, patches, winograd"]),
+    (
+        {"form": "fast"},
+        ["form='fast'", "auto, branches, fused, scaled, grouped, patches, winograd"],
+    ),
 ]
 WRONG_NETWORKS = [
     ({"widths": []}, ["widths=[]", "at least one block"]),
