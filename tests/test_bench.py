@@ -101,4 +101,4 @@ def test_auto_is_never_much_worse_than_the_best_form(
             (form, part), *rest = block.parts(torch.empty(1, c, size, size))
         if not rest:  # else it is no form of the table
             own = ratio.get(form, ratio["fused"])  # "scaled" came when others had been measured
-            assert own <= 1.3 * ratio.min(), case
+            assert own <= 1.35 * ratio.min(), case
