@@ -235,8 +235,8 @@ def bench_steps() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-# Groups of operations in the order in which they are looked for in a name. On a GPU blocks are
-# evaluated as written, and all products are the optimiser's and the gates'.
+# Groups of operations in the order in which they are looked for in a name. On a GPU no block is
+# evaluated by products of matrices: all of them are the optimiser's and the gates'.
 PRODUCTS = ("bmm", "baddbmm", "aten::mm", "addmm")
 CONVOLUTIONS = {
     "cpu": {"convolutions and their products": ("conv", *PRODUCTS)},

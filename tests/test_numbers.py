@@ -138,9 +138,15 @@ def test_the_readme_states_what_was_measured_on_a_gpu() -> None:
     assert f"Convolutions are {shares['full']:.0%} of".replace("%", " %") in text
     assert f"step of `full`, and {shares['quick']:.0%} in".replace("%", " %") in text
     steps = runs.benchmark("steps", runs.benchmark_folders("cuda")[-1])
-    ratio = steps[steps["L"] == 4].set_index("form")["ratio"]
-    assert f"takes {ratio['auto']:.1f} times as long as with one, as built" in text
-    assert f"and {ratio['branches']:.1f} times as written" in text
+    four, one = (steps[steps["L"] == L].set_index("form")["milliseconds"] for L in (4, 1))
+    assert f"takes {four['auto']:.1f} ms as built" in text
+    assert (
+        f"and {four['branches']:.1f} ms as written, with one branch {one['auto']:.1f} and "
+        f"{one['branches']:.1f} ms"
+    ) in text
+    for name, words in (("quick", "four"), ("eight-minutes", "three")):
+        seconds = runs.seeds_of(runs.read(f"{name}-gpu-seed0"))["train_seconds"].mean()
+        assert round(seconds) == {"four": 4, "three": 3}[words]
     seeds = runs.seeds_of(runs.read("full-gpu-seed0"))
     accuracy, with_tta = (
         mean_and_deviation(100 * seeds[name], 2) for name in ("test_accuracy", "test_accuracy_tta")
