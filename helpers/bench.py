@@ -41,7 +41,10 @@ SHAPES = (
 )  # fmt: skip
 SWEPT = (24, 32, 32), (64, 128, 16), (128, 128, 8), (128, 128, 4)  # for which L is varied
 # With branches of 3×3 and 1×1, as the presets quick and hour have them.
-MIXED = (32, 128, 16), (128, 128, 8), (96, 384, 16), (384, 384, 8), (384, 384, 4)
+MIXED = (
+    (32, 128, 16), (128, 128, 8), (96, 384, 16), (384, 384, 8), (384, 384, 6), (384, 384, 4),
+    (384, 384, 2),
+)  # fmt: skip
 BRANCHES = (1, 2, 4, 8)
 ROUNDS = 5  # in which the candidates take turns
 REPEATS = {"cpu": 1, "cuda": 10}  # runs of each in a round
@@ -289,6 +292,7 @@ TRIED: dict[str, dict[str, Any]] = {
     "blocks as written": {"form": "branches"},
     "weighted sum in one pass, nothing else": {"form": "fused"},
     "weights multiplied with each block's input": {"form": "scaled"},
+    "products of patches in every block": {"form": "products"},
     "mixed kernels in every block": {"form": "grouped"},
     "contiguous maps": {"layout": "contiguous_format"},
     "freed memory given back": {"keep": False},

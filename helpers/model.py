@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 GATES = ("linear", "softmax", "sigmoid", "constant", "uniform")
-FORMS = ("auto", "branches", "fused", "scaled", "grouped", "patches", "winograd")
+FORMS = ("auto", "branches", "fused", "products", "scaled", "grouped", "patches", "winograd")
 ACTIVATIONS = {"none": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
@@ -33,6 +33,8 @@ class Rule(NamedTuple):
     mixed: str  # how to convolve with mixed kernels: "grouped", or "patches" (stride 1)
     winograd: float  # in·out / (in + out), from which on Winograd's tiles pay, if kernels don't mix
     winograd_a_branch: float  # the same, for each 3×3 branch, against mixed kernels
+    # The same, for each position of a map, from which on products of all images' patches pay.
+    product: float = math.inf
 
 
 # By what a CPU calculates with, measured by `make bench`: the faster its plain convolutions are,
@@ -42,7 +44,9 @@ RULES = {
     ("AVX512", "float32"): Rule(2, "grouped", winograd=70, winograd_a_branch=30),
     ("AVX512", "bfloat16"): Rule(3, "grouped", winograd=math.inf, winograd_a_branch=math.inf),
     ("AMX", "float32"): Rule(2, "grouped", winograd=60, winograd_a_branch=20),
-    ("AMX", "bfloat16"): Rule(3, "patches", winograd=math.inf, winograd_a_branch=math.inf),
+    ("AMX", "bfloat16"): Rule(
+        3, "patches", winograd=math.inf, winograd_a_branch=math.inf, product=4
+    ),
 }
 MIXING_POSITIONS = 144  # of a map; on smaller ones mixing takes that many times more kernels
 # Numbers that exist at a time in the patches of images, and in the mixed kernels (64 MiB, 1 GiB).
@@ -74,6 +78,15 @@ def check_images(argument: str, x: Tensor, channels: int) -> None:
         )
 
 
+def channel_means(x: Tensor) -> Tensor:
+    """The mean m of each channel of x: b×c from b×c×h×w.
+
+    A sum over a number, since the gradient of `x.mean` is written out in the contiguous memory
+    format, and what it then meets, in channels-last, takes several times as long.
+    """
+    return x.sum(dim=(2, 3)) / x.shape[2:].numel()
+
+
 class IntermediateBlock(nn.Module):
     """x′ = a1·C1(x) + … + aL·CL(x), with a = gate(fc(m)) and m the channel means of x.
 
@@ -92,11 +105,12 @@ class IntermediateBlock(nn.Module):
             look at m: `"constant"` is the softmax of L learned numbers, `"uniform"` is 1/L.
         bias: whether the branches have biases; pointless where batch normalisation follows.
         form: how the sum is evaluated. `"branches"`: as written. `"fused"`: the same, with the
-            weighted sum in one pass. Since convolution is linear, four others are the same
-            function: `"scaled"`, Σ Wₗ∗(aₗ·x); `"grouped"`, one convolution of each image with its
-            own kernel, (Σ aₗ·Wₗ)∗x; `"patches"` (stride 1), the same as one matrix product for each
-            image; and `"winograd"` (3×3 and 1×1 kernels, stride 1), the sum inside Winograd's short
-            convolution of tiles.
+            weighted sum in one pass; `"products"` (stride 1): with, besides, each convolution as
+            one matrix product of all images' patches. Since convolution is linear, four others are
+            the same function: `"scaled"`, Σ Wₗ∗(aₗ·x); `"grouped"`, one convolution of each image
+            with its own kernel, (Σ aₗ·Wₗ)∗x; `"patches"` (stride 1), the same as one matrix product
+            for each image; and `"winograd"` (3×3 and 1×1 kernels, stride 1), the sum inside
+            Winograd's short convolution of tiles.
             `"auto"` takes the cheapest for the shapes at hand.
 
     Attributes:
@@ -128,8 +142,8 @@ class IntermediateBlock(nn.Module):
         check_choice("gate", gate, GATES)
         check_choice("form", form, FORMS)
         sizes = kernel_sizes(kernel_size, branches)
-        if form == "patches" and stride != 1:
-            raise ValueError(f"form='patches' is not allowed with stride={stride}; it needs 1.")
+        if form in ("patches", "products") and stride != 1:
+            raise ValueError(f"form={form!r} is not allowed with stride={stride}; it needs 1.")
         if form == "winograd" and (stride != 1 or max(sizes) != 3):
             raise ValueError(
                 f"form='winograd' is not allowed with kernel_size={kernel_size!r} and "
@@ -162,8 +176,7 @@ class IntermediateBlock(nn.Module):
     def gate(self, x: Tensor) -> Tensor:
         """The weights a, b×L, of the branches for each image of x, b×c×h×w."""
         check_images("x", x, self.fc.in_features)
-        m = x.mean(dim=(2, 3))
-        a = self.fc(m)
+        a = self.fc(channel_means(x))
         if self.gate_function == "linear":
             return a
         if self.gate_function == "sigmoid":
@@ -185,9 +198,11 @@ class IntermediateBlock(nn.Module):
         copy the map's patches than to rearrange a kernel for each image. Winograd's tiles save
         more than half of the multiplications of 3×3 kernels (in·out), at a price for each channel
         (in + out): many channels, and against mixed kernels, whose price hardly grows with L, few
-        branches. From where on is in `RULES`, for CPUs. The rest is evaluated as written but for
-        where a is multiplied: with x where that is fewer numbers than the result, else in one pass
-        with what the branches give; on a GPU always the latter, where the former is not measured.
+        branches; and only with more than one branch if the map is not cut into whole tiles. From
+        where on is in `RULES`, for CPUs. The rest is evaluated as written but for where a is
+        multiplied: with x where that is fewer numbers than the result, else in one pass with what
+        the branches give; on a GPU always the latter, where the former is not measured. Small maps
+        of many channels are convolved by products, where a CPU's own convolution is slow for them.
         """
         everyone = list(range(len(self.branches)))
         if self.form != "auto" or x.device.type != "cpu":
@@ -200,9 +215,13 @@ class IntermediateBlock(nn.Module):
         threes = [l for l, k in enumerate(sizes) if k == 3 and self.stride == 1]
         rest = [l for l in everyone if l not in threes]
         c, out = x.shape[1], self.branches[0].out_channels
+        channels = c * out / (c + out)
         needed = rule.winograd_a_branch * len(threes) if mixing else rule.winograd
         plain = "scaled" if x.shape[1:].numel() < out * positions else "fused"
-        if threes and c * out / (c + out) >= needed:
+        if self.stride == 1 and channels >= rule.product * positions:
+            plain = "products"
+        whole = x.shape[2:] == _whole_tiles(*x.shape[2:])
+        if channels >= needed and len(threes) >= (1 if whole else 2):
             return [("winograd", threes)] + [(plain, rest)] * bool(rest)
         return [(mixed if mixing else plain, everyone)]
 
@@ -215,8 +234,9 @@ class IntermediateBlock(nn.Module):
             return weighted_sum(x, a, branches)
         if form == "fused":
             return _WeightedSum.apply(a, *[branch(x) for branch in branches])
-        if form == "scaled":
-            return with_biases(sum_of_scaled(x, a, branches), a, branches)
+        if form in ("products", "scaled"):
+            terms = sum_of_products if form == "products" else sum_of_scaled
+            return with_biases(terms(x, a, branches), a, branches)
         kernels, kind = stacked_kernels(branches), x.device.type
         coarse = form != "winograd" and torch.is_autocast_enabled(kind)  # its tiles lose more
         dtype = torch.get_autocast_dtype(kind) if coarse else kernels.dtype
@@ -295,6 +315,14 @@ def sum_of_scaled(x: Tensor, a: Tensor, branches: Sequence[nn.Conv2d]) -> Tensor
         for scale, branch in zip(scales, branches, strict=True)
     )
     return reduce(torch.add, terms)
+
+
+def sum_of_products(x: Tensor, a: Tensor, branches: Sequence[nn.Conv2d]) -> Tensor:
+    """Σ aₗ·(Wₗ∗x) of stride 1, without the biases, each convolution as one matrix product."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    maps = [_PatchConvolution.apply(x, branch.weight.to(x.dtype)) for branch in branches]
+    return _WeightedSum.apply(a, *maps)
 
 
 def with_biases(x_new: Tensor, a: Tensor, branches: Sequence[nn.Conv2d]) -> Tensor:
@@ -426,6 +454,43 @@ class _PatchProducts(torch.autograd.Function):
                 torch.bmm(_patches(rimmed[part], k), kernels, out=to_x)
         grad_x = grad_x.permute(0, 3, 1, 2) if ctx.needs_input_grad[0] else None
         return grad_x, grad_a, grad_bank.view(L, k, k, c, out).permute(0, 4, 3, 1, 2)
+
+
+class _PatchConvolution(torch.autograd.Function):
+    """W∗x of stride 1 as one product, of the k×k patches of all images and the kernels.
+
+    Where maps are small, oneDNN takes several times as long for it in bfloat16, and most of all
+    for the gradient of W, which here is a product too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, weight = ctx.saved_tensors
+        out, c, k, _ = weight.shape
+        grad_weight = _rows(grad, 1).t() @ _rows(x, k)
+        turned = weight.flip(2, 3).transpose(0, 1)
+        grad_x = _product(grad, turned) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_weight.view(out, k, k, c).permute(0, 3, 1, 2)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """weight∗x, b×out×h×w in channels-last memory format."""
+    out, _, k, _ = weight.shape
+    x_new = F.linear(_rows(x, k), weight.permute(0, 2, 3, 1).reshape(out, -1))
+    return x_new.view(len(x), *x.shape[2:], out).permute(0, 3, 1, 2)
+
+
+def _rows(x: Tensor, k: int) -> Tensor:
+    """The k×k patches of all maps b×c×h×w, one a row: (b·h·w)×(k²·c)."""
+    if k == 1:  # no copy
+        return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    return _patches(_rimmed(x, k // 2), k).flatten(0, 1)
 
 
 def _rimmed(x: Tensor, rim: int) -> Tensor:
@@ -605,8 +670,7 @@ class OutputBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_images("x", x, self.in_channels)
-        m = x.mean(dim=(2, 3))
-        return self.fc(m)
+        return self.fc(channel_means(x))
 
 
 class WhiteningStem(nn.Module):

@@ -38,10 +38,10 @@ FAST = tuple(form for form in model.FORMS if form != "branches")
 
 
 def possible(shape, form):
-    """Winograd's tiles are for kernels up to 3×3, and they and patches for stride 1."""
+    """Winograd's tiles are for kernels up to 3×3, and they and both products for stride 1."""
     if form == "winograd" and np.max(shape[1]) != 3:
         return False
-    return form not in ("winograd", "patches") or shape[2] == 1
+    return form not in ("winograd", "patches", "products") or shape[2] == 1
 
 
 CASES = [(shape, form) for shape in SHAPES for form in model.FORMS if possible(shape, form)]
@@ -161,6 +161,16 @@ def test_forms_agree_without_biases(L):
         assert_same(value_and_gradients(block, block, x), expected, rtol=1e-9, atol=1e-10)
 
 
+def test_the_gradient_of_channel_means_is_never_written_out():
+    """Nor is it in another memory format than the maps, which would make all that follows slow."""
+    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    means = model.channel_means(x)
+    torch.testing.assert_close(means, x.mean((2, 3)))
+    (grad,) = torch.autograd.grad(means[1, 2], x)
+    assert grad.stride()[2:] == (0, 0)
+    assert float(grad.sum()) == pytest.approx(1)
+
+
 def gradcheck(function, L, k):
     torch.manual_seed(0)
     x, a = torch.randn(5, 1, 5, 3).double(), torch.randn(5, L).double()
@@ -178,6 +188,14 @@ def test_patch_products_pass_gradcheck(L, k):
     assert gradcheck(model._PatchProducts.apply, L, k)
 
 
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_patch_convolution_passes_gradcheck(k):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 3, 4, 3).double(), torch.randn(2, 3, k, k).double()
+    inputs = [x.requires_grad_(), weight.requires_grad_()]
+    assert torch.autograd.gradcheck(model._PatchConvolution.apply, inputs)
+
+
 @pytest.mark.parametrize("L", [1, 3])
 def test_winograd_convolution_passes_gradcheck(L):
     assert gradcheck(model._WinogradConvolution.apply, L, 3)
@@ -190,7 +208,7 @@ def test_winograds_matrices_convolve_four_outputs_with_six_products():
     torch.testing.assert_close(A.t() @ ((G @ w) * (B.t() @ d)), plain)
 
 
-@pytest.mark.parametrize("form", ["fused", "grouped", "patches", "winograd"])
+@pytest.mark.parametrize("form", ["fused", "products", "grouped", "patches", "winograd"])
 def test_fast_forms_refuse_a_second_derivative(form):
     block, x = block_of(SHAPES[1], form), random_maps(SHAPES[1])
     (gradient,) = torch.autograd.grad((block(x) ** 2).sum(), x, create_graph=True)
@@ -402,6 +420,24 @@ def test_auto_weighs_winograds_price_for_each_branch_against_mixed_kernels():
     assert parts_of(8, (3, 3, 3), channels=wide) == [("winograd", [0, 1, 2])]
 
 
+def test_auto_takes_winograd_for_tiles_cut_off_with_two_branches_at_least():
+    assert parts_of(6, (3, 1)) == [("fused", [0, 1])]
+    assert parts_of(6, (3, 3)) == [("winograd", [0, 1])]
+    assert parts_of(12, (3, 1), channels=(256, 256)) == [("winograd", [0]), ("fused", [1])]
+
+
+def test_auto_takes_products_for_small_maps_of_many_channels_with_amx(monkeypatch):
+    monkeypatch.setattr(model, "instructions", lambda: "AMX")
+    for L in (1, 2, 4):
+        assert parts_of(4, (3,) * L) != [("products", list(range(L)))]  # float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert parts_of(4, (3, 1)) == [("products", [0, 1])]
+        assert parts_of(4, (3, 1), channels=(64, 64)) == [("fused", [0, 1])]
+        assert parts_of(6, (3, 1), channels=(256, 256)) == [("fused", [0, 1])]
+        assert parts_of(6, (3, 3), channels=(384, 384)) == [("products", [0, 1])]
+        assert parts_of(4, (3, 1), stride=2) == [("fused", [0, 1])]
+
+
 def test_auto_takes_winograd_with_avx512_for_more_channels_yet(monkeypatch):
     monkeypatch.setattr(model, "instructions", lambda: "AVX512")
     assert parts_of(8, (3, 3)) == [("fused", [0, 1])]
@@ -419,12 +455,13 @@ def test_auto_in_bfloat16_mixes_three_kernels_and_never_takes_winograd(here, mix
         assert parts_of(32, (3, 3, 3), 2) == [("grouped", [0, 1, 2])]
         assert parts_of(8, (3,) * 8) == [(mixed, list(range(8)))]
         assert parts_of(8, (3, 3, 3), channels=(384, 384)) == [("fused", [0, 1, 2])]
-        assert parts_of(4, (3, 3, 3)) == [("fused", [0, 1, 2])]
+        plain = "products" if here == "AMX" else "fused"
+        assert parts_of(4, (3, 3, 3)) == [(plain, [0, 1, 2])]
         assert parts_of(32, (3, 3, 3), stride=2) == [("grouped", [0, 1, 2])]
         assert parts_of(16, (3, 3, 3), stride=2) == [("fused", [0, 1, 2])]
 
 
-@pytest.mark.parametrize("form", ["fused", "scaled", "grouped", "patches"])
+@pytest.mark.parametrize("form", ["fused", "scaled", "products", "grouped", "patches"])
 def test_maps_stay_in_bfloat16_under_autocast(form):
     block = IntermediateBlock(8, 8, 3, bias=False, form=form)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -594,11 +631,12 @@ WRONG_BLOCKS = [
     ({"kernel_size": "3"}, ["kernel_size='3'", "one number"]),
     ({"gate": "relu"}, ["gate='relu'", "linear, softmax, sigmoid"]),
     ({"form": "patches", "stride": 2}, ["form='patches'", "stride=2", "needs 1"]),
+    ({"form": "products", "stride": 2}, ["form='products'", "stride=2", "needs 1"]),
     ({"form": "winograd", "stride": 2}, ["form='winograd'", "stride=2", "3×3", "stride 1"]),
     ({"form": "winograd", "kernel_size": 5}, ["form='winograd'", "kernel_size=5", "3×3"]),
     (
         {"form": "fast"},
-        ["form='fast'", "auto, branches, fused, scaled, grouped, patches, winograd"],
+        ["form='fast'", "auto, branches, fused, products, scaled, grouped, patches, winograd"],
     ),
 ]
 WRONG_NETWORKS = [
