@@ -344,7 +344,7 @@ def time_step(
     torch.manual_seed(0)
     torch.set_flush_denormal(flush)
     if keep:
-        training.keep_freed_memory()
+        runs.keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
     step = step_of(batch, **options)
@@ -404,7 +404,7 @@ def main() -> None:
     torch.set_default_device(runs.pick_device(given.device))
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
-    training.keep_freed_memory()
+    runs.keep_freed_memory()
     machine = runs.surroundings(device(), "auto")
     on_gpu = device().type == "cuda"
     folder = runs.BENCHMARKS / ("GPU" if on_gpu else machine["hardware"]["instructions"])

@@ -314,7 +314,7 @@ def sum_of_scaled(x: Tensor, a: Tensor, branches: Sequence[nn.Conv2d]) -> Tensor
         F.conv2d(scale * x, branch.weight, None, branch.stride, branch.padding)
         for scale, branch in zip(scales, branches, strict=True)
     )
-    return reduce(torch.add, terms)
+    return reduce(Tensor.add_, terms, next(terms))  # no gradient needs what is written over
 
 
 def sum_of_products(x: Tensor, a: Tensor, branches: Sequence[nn.Conv2d]) -> Tensor:

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from helpers import evaluation
 from helpers.augment import cover
-from helpers.data import MEAN_COLOUR, ImageSet, evaluation_loader
+from helpers.data import MEAN_COLOUR, ImageSet
 from helpers.model import BlockNetwork
 
 
@@ -55,25 +55,37 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float, torch.Generator], Tensor],
 }
 
 
-def robustness(network: nn.Module, images: ImageSet, seed: int = 0) -> pd.DataFrame:
+def robustness(
+    network: nn.Module,
+    images: ImageSet,
+    seed: int = 0,
+    precision: torch.dtype = torch.float32,
+) -> pd.DataFrame:
     """Accuracy on images that are made worse (after Hendrycks and Dietterich, arXiv 1903.12261).
 
     Args:
         seed: of the noise.
+        precision: of the maps, see `evaluation.predict`.
 
     Returns:
         a row for each corruption and strength: `corruption`, `step` (0: as they are, 1 … 5),
         `strength`, `images`, `accuracy` with its 95% interval, `low` and `high` (fractions of one).
     """
     rows = []
-    untouched = evaluation.correct(evaluation.predict(network, images), images.labels)
+
+    def right_of(seen: ImageSet) -> int:
+        return evaluation.correct(
+            evaluation.predict(network, seen, precision=precision), seen.labels
+        )
+
+    untouched = right_of(images)
     for corruption, (make_worse, strengths) in CORRUPTIONS.items():
         generator = torch.Generator().manual_seed(seed)
         for step, strength in enumerate([None, *strengths]):
             right = untouched
             if strength is not None:
-                worse = ImageSet(make_worse(images.images, strength, generator), images.labels)
-                right = evaluation.correct(evaluation.predict(network, worse), images.labels)
+                worse = make_worse(images.images, strength, generator)
+                right = right_of(ImageSet(worse, images.labels))
             low, high = evaluation.interval(right, len(images))
             rows.append(
                 {"corruption": corruption, "step": step, "strength": strength,
@@ -83,7 +95,12 @@ def robustness(network: nn.Module, images: ImageSet, seed: int = 0) -> pd.DataFr
 
 
 def occlusion(
-    network: nn.Module, image: Tensor, answer: int, side: int = 8, step: int = 2
+    network: nn.Module,
+    image: Tensor,
+    answer: int,
+    side: int = 8,
+    step: int = 2,
+    precision: torch.dtype = torch.float32,
 ) -> Tensor:
     """How much of the probability of an answer is lost when a square of the image is covered
     (Zeiler and Fergus, arXiv 1311.2901): the square with its centre there, in the mean colour.
@@ -93,6 +110,7 @@ def occlusion(
         answer: the class.
         side: of the square, in pixels.
         step: pixels between two centres.
+        precision: of the maps, see `evaluation.predict`.
 
     Returns:
         losses, fractions of one, ⌈h/step⌉×⌈w/step⌉; below 0 where covering helps.
@@ -105,19 +123,24 @@ def occlusion(
     covered = cover(copies, rows.flatten(), columns.flatten(), side, MEAN_COLOUR)
     both = torch.cat([image[None], covered])
     labels = torch.full((len(both),), answer)
-    probability = evaluation.predict(network, ImageSet(both, labels)).softmax(dim=1)[:, answer]
+    logits = evaluation.predict(network, ImageSet(both, labels), precision=precision)
+    probability = logits.softmax(dim=1)[:, answer]
     return (probability[0] - probability[1:]).view(rows.shape)
 
 
-@torch.inference_mode()
-def features(network: BlockNetwork, images: ImageSet) -> Tensor:
-    """What the output block makes its logits of, the means of the last map's channels: N×C."""
+def features(
+    network: BlockNetwork, images: ImageSet, precision: torch.dtype = torch.float32
+) -> Tensor:
+    """What the output block makes its logits of, the means of the last map's channels: float32 N×C.
+
+    Args:
+        precision: of the maps, see `evaluation.predict`.
+    """
     kept: list[Tensor] = []
-    hook = network.output.fc[0].register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+    first = network.output.fc[0]
+    hook = first.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].float()))
     try:
-        network.eval()
-        for x, *_ in evaluation_loader(images):
-            network(x)
+        evaluation.predict(network, images, precision=precision)
     finally:
         hook.remove()
     return torch.cat(kept)

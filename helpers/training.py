@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -35,6 +33,7 @@ from helpers.runs import (
     Settings,
     check_batches,
     check_same_data,
+    keep_freed_memory,
     load_network,
     pick_device,
     pick_precision,
@@ -552,18 +551,6 @@ def go_on(underway: Underway, state: dict[str, Any], record: Record) -> None:
             f"it was begun on another machine ({'; '.join(changed)}), so that it will differ by "
             "rounding from one that was not stopped"
         )
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors for the next ones (elsewhere, do nothing).
-
-    By default every large tensor is a fresh mapping, whose pages the system has to clear.
-    """
-    if sys.platform.startswith("linux"):
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
-        most_mappings, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD in malloc.h
-        mallopt(most_mappings, 0)
-        mallopt(trim_threshold, 2**31 - 1)
 
 
 def first_network(training: ImageSet, settings: Settings) -> nn.Module:
