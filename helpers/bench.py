@@ -2,11 +2,12 @@
 
     python -m helpers.bench                # everything: up to half an hour on two idle cores
     python -m helpers.bench tried memory   # some of the tables only
-    python -m helpers.bench --device cuda  # on a GPU, all but `tried`: a minute or two
+    python -m helpers.bench --device cuda  # on a GPU, what is measured there: a minute or two
 
 It writes into `notebooks/benchmarks/<instructions of the CPU, or GPU>/`: `blocks.csv`, `steps.csv`,
-`tried.csv` and `memory.csv` (a row a candidate), `profile.csv` (where the time of a step goes) and
-`machine.json`. Notebooks 02 and 03 show those of the CPU measured last, and 02 those of the GPU.
+`full.csv`, `tried.csv` and `memory.csv` (a row a candidate), `profile.csv` (where the time of a
+step goes) and `machine.json`. Notebooks 02 and 03 show those of the CPU measured last, and 02 those
+of the GPU.
 """
 
 from __future__ import annotations
@@ -238,6 +239,31 @@ def bench_steps() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def network_of_full() -> dict[str, Any]:
+    """The network's parameters in the preset `full`."""
+    path = runs.ROOT / "notebooks" / "parameters" / "full.yaml"
+    full = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return {name: full[name] for name in runs.NETWORK}
+
+
+def bench_full() -> pd.DataFrame:
+    """A training step of the network of the preset `full`, on images of the sizes that its training
+    sees, over the same as written."""
+    rows, forms = [], ("branches", "fused", "auto")
+    for size in (32, 24, 16):
+        candidates = {form: step_of(250, form, size, **network_of_full()) for form in forms}
+        for step in candidates.values():  # whose first steps find their memory
+            step()
+        seconds = in_turn(candidates, rounds=5)
+        for form in forms:
+            rows.append(
+                {"size": size, "form": form, "milliseconds": 1e3 * seconds[form],
+                 "ratio": seconds[form] / seconds["branches"]}
+            )  # fmt: skip
+            print(f"full, {size}×{size}, {form}: {rows[-1]['ratio']:.2f}", flush=True)
+    return pd.DataFrame(rows)
+
+
 # Groups of operations in the order in which they are looked for in a name. On a GPU no block is
 # evaluated by products of matrices: all of them are the optimiser's and the gates'.
 PRODUCTS = ("bmm", "baddbmm", "aten::mm", "addmm")
@@ -282,9 +308,7 @@ def bench_profile(**settings: Any) -> pd.DataFrame:
 
 def bench_profile_full() -> pd.DataFrame:
     """The same for the network of the preset `full`."""
-    path = runs.ROOT / "notebooks" / "parameters" / "full.yaml"
-    full = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return bench_profile(**{name: full[name] for name in runs.NETWORK})
+    return bench_profile(**network_of_full())
 
 
 # What else a step could be: arguments of `step_of`, or what is done first in the process.
@@ -387,10 +411,10 @@ def bench_memory() -> pd.DataFrame:
 
 
 MEASUREMENTS: dict[str, Callable[[], pd.DataFrame]] = {
-    "blocks": bench_blocks, "steps": bench_steps, "profile": bench_profile,
+    "blocks": bench_blocks, "steps": bench_steps, "full": bench_full, "profile": bench_profile,
     "profile_full": bench_profile_full, "tried": bench_tried, "memory": bench_memory,
 }  # fmt: skip
-ONLY = {"tried": "cpu", "profile_full": "cuda"}  # what is not measured elsewhere
+ONLY = {"tried": "cpu", "full": "cpu", "profile_full": "cuda"}  # what is not measured elsewhere
 
 
 def main() -> None:

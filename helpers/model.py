@@ -33,8 +33,8 @@ class Rule(NamedTuple):
     mixed: str  # how to convolve with mixed kernels: "grouped", or "patches" (stride 1)
     winograd: float  # in·out / (in + out), from which on Winograd's tiles pay, if kernels don't mix
     winograd_a_branch: float  # the same, for each 3×3 branch, against mixed kernels
-    # The same, for each position of a map, from which on products of all images' patches pay.
-    product: float = math.inf
+    product: float = math.inf  # the same, for each position of a map, for products of patches
+    widening: float = 1  # how many times `mixing` it has to be where a block widens twofold or more
 
 
 # By what a CPU calculates with, measured by `make bench`: the faster its plain convolutions are,
@@ -43,9 +43,9 @@ RULES = {
     ("AVX2", "float32"): Rule(2, "grouped", winograd=24, winograd_a_branch=20),
     ("AVX512", "float32"): Rule(2, "grouped", winograd=70, winograd_a_branch=30),
     ("AVX512", "bfloat16"): Rule(3, "grouped", winograd=math.inf, winograd_a_branch=math.inf),
-    ("AMX", "float32"): Rule(2, "grouped", winograd=60, winograd_a_branch=20),
+    ("AMX", "float32"): Rule(2, "grouped", winograd=60, winograd_a_branch=20, product=30),
     ("AMX", "bfloat16"): Rule(
-        3, "patches", winograd=math.inf, winograd_a_branch=math.inf, product=4
+        3, "patches", winograd=math.inf, winograd_a_branch=math.inf, product=4, widening=2
     ),
 }
 MIXING_POSITIONS = 144  # of a map; on smaller ones mixing takes that many times more kernels
@@ -176,7 +176,8 @@ class IntermediateBlock(nn.Module):
     def gate(self, x: Tensor) -> Tensor:
         """The weights a, b×L, of the branches for each image of x, b×c×h×w."""
         check_images("x", x, self.fc.in_features)
-        a = self.fc(channel_means(x))
+        m = channel_means(x)
+        a = self.fc(m)
         if self.gate_function == "linear":
             return a
         if self.gate_function == "sigmoid":
@@ -195,14 +196,15 @@ class IntermediateBlock(nn.Module):
 
         A mixed kernel is one convolution instead of L, but has to be made for each image, however
         small its map: large maps, or many branches. Where products are quick, it is cheaper to
-        copy the map's patches than to rearrange a kernel for each image. Winograd's tiles save
-        more than half of the multiplications of 3×3 kernels (in·out), at a price for each channel
-        (in + out): many channels, and against mixed kernels, whose price hardly grows with L, few
-        branches; and only with more than one branch if the map is not cut into whole tiles. From
-        where on is in `RULES`, for CPUs. The rest is evaluated as written but for where a is
-        multiplied: with x where that is fewer numbers than the result, else in one pass with what
-        the branches give; on a GPU always the latter, where the former is not measured. Small maps
-        of many channels are convolved by products, where a CPU's own convolution is slow for them.
+        copy the map's patches than to rearrange a kernel for each image, and, in blocks that widen
+        and up to twice as many branches, to multiply a with x. Winograd's tiles save more than half
+        of the multiplications of 3×3 kernels (in·out), at a price for each channel (in + out): many
+        channels, and against mixed kernels, whose price hardly grows with L, few branches; and more
+        than one branch if the map is not cut into whole tiles. Small maps of many channels go
+        through products, where a CPU's own convolution is slow for them. From where on is in
+        `RULES`, for CPUs. The rest is evaluated as written but for where a is multiplied: with x
+        where that is fewer numbers than the result, else in one pass with what the branches give;
+        on a GPU always the latter, where the former is not measured.
         """
         everyone = list(range(len(self.branches)))
         if self.form != "auto" or x.device.type != "cpu":
@@ -211,15 +213,15 @@ class IntermediateBlock(nn.Module):
         positions = math.ceil(x.shape[2] / self.stride) * math.ceil(x.shape[3] / self.stride)
         rule, kernels = rule_here(), sum(k * k for k in sizes) / max(sizes) ** 2
         mixed = rule.mixed if self.stride == 1 else "grouped"
-        mixing = kernels >= rule.mixing * max(1, MIXING_POSITIONS / positions)
         threes = [l for l, k in enumerate(sizes) if k == 3 and self.stride == 1]
         rest = [l for l in everyone if l not in threes]
         c, out = x.shape[1], self.branches[0].out_channels
-        channels = c * out / (c + out)
+        channels, wider = c * out / (c + out), rule.widening if out >= 2 * c else 1
+        mixing = kernels >= rule.mixing * wider * max(1, MIXING_POSITIONS / positions)
+        if self.stride == 1 and channels >= rule.product * positions:
+            return [("products", everyone)]
         needed = rule.winograd_a_branch * len(threes) if mixing else rule.winograd
         plain = "scaled" if x.shape[1:].numel() < out * positions else "fused"
-        if self.stride == 1 and channels >= rule.product * positions:
-            plain = "products"
         whole = x.shape[2:] == _whole_tiles(*x.shape[2:])
         if channels >= needed and len(threes) >= (1 if whole else 2):
             return [("winograd", threes)] + [(plain, rest)] * bool(rest)
@@ -670,7 +672,8 @@ class OutputBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_images("x", x, self.in_channels)
-        return self.fc(channel_means(x))
+        m = channel_means(x)
+        return self.fc(m)
 
 
 class WhiteningStem(nn.Module):

@@ -1039,7 +1039,7 @@ def work_of(settings: Settings, images: list[float], how: str = "as written") ->
 
 
 def benchmark(table: str, folder: Path | None = None) -> pd.DataFrame:
-    """A table that `make bench` has measured: blocks, steps, profile, tried or memory.
+    """A table that `make bench` has measured: blocks, steps, full, profile, tried or memory.
 
     Args:
         folder: of the kind of machine; None for the CPU measured last.

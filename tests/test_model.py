@@ -428,14 +428,22 @@ def test_auto_takes_winograd_for_tiles_cut_off_with_two_branches_at_least():
 
 def test_auto_takes_products_for_small_maps_of_many_channels_with_amx(monkeypatch):
     monkeypatch.setattr(model, "instructions", lambda: "AMX")
-    for L in (1, 2, 4):
-        assert parts_of(4, (3,) * L) != [("products", list(range(L)))]  # float32
+    assert parts_of(4, (3, 1), channels=(384, 384)) == [("winograd", [0]), ("fused", [1])]
+    assert parts_of(2, (3, 3), channels=(256, 256)) == [("products", [0, 1])]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert parts_of(4, (3, 1)) == [("products", [0, 1])]
         assert parts_of(4, (3, 1), channels=(64, 64)) == [("fused", [0, 1])]
         assert parts_of(6, (3, 1), channels=(256, 256)) == [("fused", [0, 1])]
         assert parts_of(6, (3, 3), channels=(384, 384)) == [("products", [0, 1])]
         assert parts_of(4, (3, 1), stride=2) == [("fused", [0, 1])]
+
+
+def test_auto_mixes_more_branches_only_where_a_block_widens_with_amx(monkeypatch):
+    monkeypatch.setattr(model, "instructions", lambda: "AMX")
+    for L, form in ((2, "scaled"), (4, "scaled"), (6, "patches")):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert parts_of(16, (3,) * L, channels=(32, 64)) == [(form, list(range(L)))]
+        assert parts_of(16, (3,) * L, channels=(32, 64)) == [("grouped", list(range(L)))]
 
 
 def test_auto_takes_winograd_with_avx512_for_more_channels_yet(monkeypatch):
