@@ -219,23 +219,24 @@ def step_of(
 
 
 def bench_steps() -> pd.DataFrame:
-    """A training step of the quick network with L branches in each block, all 3×3, over L = 1."""
+    """A training step of the quick network with L branches in each block, all 3×3, over L = 1, in
+    each precision that the device is made for."""
     rows = []
     recorded = device().type == "cuda"
-    for form in ("branches", "auto"):
-        candidates = {
-            L: step_of(250, form, recorded=recorded, branches=L, kernel_size=3) for L in BRANCHES
-        }
+    for precision, form in itertools.product(precisions(), ("branches", "auto")):
+        numbers = str(precision).removeprefix("torch.")
+        settings = {"recorded": recorded, "kernel_size": 3, "precision": numbers}
+        candidates = {L: step_of(250, form, branches=L, **settings) for L in BRANCHES}
         for step in candidates.values():  # those before the recording, and the first of it
             for _ in range(5 * recorded):
                 step()
         seconds = in_turn(candidates, rounds=3)
         for L in BRANCHES:
             rows.append(
-                {"form": form, "L": L, "milliseconds": 1e3 * seconds[L],
+                {"precision": numbers, "form": form, "L": L, "milliseconds": 1e3 * seconds[L],
                  "ratio": seconds[L] / seconds[1]}
             )  # fmt: skip
-            print(f"step, {form}, L = {L}: {rows[-1]['ratio']:.2f}", flush=True)
+            print(f"step, {numbers}, {form}, L = {L}: {rows[-1]['ratio']:.2f}", flush=True)
     return pd.DataFrame(rows)
 
 

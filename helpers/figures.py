@@ -379,7 +379,8 @@ def cost_by_layer(table: pd.DataFrame) -> Figure:
 @figure
 def cost_by_branches(blocks: pd.DataFrame, steps: pd.DataFrame) -> Figure:
     """What L branches cost, as written (dashed) and as built (solid): single blocks, over one plain
-    convolution, and a training step of the whole network, over the one with L = 1.
+    convolution, and a training step of the whole network, over the one with L = 1, in each number
+    type.
 
     Args:
         blocks: `blocks.csv` of `helpers.bench`.
@@ -392,8 +393,9 @@ def cost_by_branches(blocks: pd.DataFrame, steps: pd.DataFrame) -> Figure:
         for (c, out, size), own in swept.groupby(["in", "out", "map"], sort=False)
         if own["L"].nunique() > 1
     }
-    for axes, curves in ((left, cases), (right, {"whole network": steps})):
-        colours = COLOURS if axes is left else ["black"]
+    networks = dict(iter(steps.groupby("precision", sort=False)))
+    for axes, curves in ((left, cases), (right, networks)):
+        colours = COLOURS if axes is left else ["black", "0.6"]
         for (name, own), colour in zip(curves.items(), colours):
             for form, line in (("branches", "--"), ("auto", "o-")):
                 one = own[own["form"] == form].sort_values("L")
@@ -405,7 +407,7 @@ def cost_by_branches(blocks: pd.DataFrame, steps: pd.DataFrame) -> Figure:
         axes.set_xlabel("branches L (dashed: as written, solid: as built)")
         _large(axes)
     left.set(title="a block, over one plain convolution (float32)", ylabel="time, as a ratio")
-    right.set_title("a training step, over that with L = 1")
+    right.set_title("a step of the whole network, over that with L = 1")
     _large(left)
     return drawn
 

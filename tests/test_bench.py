@@ -62,7 +62,8 @@ def test_the_record_holds_every_case() -> None:
         own = four[(four[["in", "out", "map"]] == list(shape)).all(axis=1)]
         assert sorted(own["form"]) == sorted(bench.FORMS), shape
     steps = runs.benchmark("steps")
-    assert len(steps) == 2 * len(bench.BRANCHES)
+    assert (steps.groupby("precision").size() == 2 * len(bench.BRANCHES)).all()
+    assert set(steps["precision"]) == set(blocks["precision"])
     assert (steps.loc[steps["L"] == 1, "ratio"] == 1).all()
     full = runs.benchmark("full")
     assert (full.loc[full["form"] == "branches", "ratio"] == 1).all()
