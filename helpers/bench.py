@@ -249,7 +249,7 @@ def network_of_full() -> dict[str, Any]:
 
 def bench_full() -> pd.DataFrame:
     """A training step of the network of the preset `full`, on images of the sizes that its training
-    sees, over the same as written."""
+    and that of `wide-blocks`, its first part, see, over the same as written."""
     rows, forms = [], ("branches", "fused", "auto")
     for size in (32, 24, 16):
         candidates = {form: step_of(250, form, size, **network_of_full()) for form in forms}

@@ -33,8 +33,9 @@ class Rule(NamedTuple):
     mixed: str  # how to convolve with mixed kernels: "grouped", or "patches" (stride 1)
     winograd: float  # in·out / (in + out), from which on Winograd's tiles pay, if kernels don't mix
     winograd_a_branch: float  # the same, for each 3×3 branch, against mixed kernels
-    product: float = math.inf  # the same, for each position of a map, for products of patches
-    widening: float = 1  # how many times `mixing` it has to be where a block widens twofold or more
+    # The same over the positions of the map, from which on products of patches come first.
+    product: float = math.inf
+    widening: float = 1  # factor on `mixing` where out ≥ 2·in
 
 
 # By what a CPU calculates with, measured by `make bench`: the faster its plain convolutions are,
@@ -49,7 +50,7 @@ RULES = {
     ),
 }
 MIXING_POSITIONS = 144  # of a map; on smaller ones mixing takes that many times more kernels
-# Numbers that exist at a time in the patches of images, and in the mixed kernels (64 MiB, 1 GiB).
+# Numbers that exist at a time in form `patches` and in the mixed kernels (64 MiB, 1 GiB).
 PATCHES_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
 KERNELS_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}
 TILES_AT_ONCE = 256  # so that what is made of them stays in the cache
@@ -81,8 +82,9 @@ def check_images(argument: str, x: Tensor, channels: int) -> None:
 def channel_means(x: Tensor) -> Tensor:
     """The mean m of each channel of x: b×c from b×c×h×w.
 
-    A sum over a number, since the gradient of `x.mean` is written out in the contiguous memory
-    format, and what it then meets, in channels-last, takes several times as long.
+    A sum divided by a number, whose gradient stays an expanded view. That of `x.mean` is written
+    out in contiguous memory format, and to add it to others in channels-last takes several times
+    as long.
     """
     return x.sum(dim=(2, 3)) / x.shape[2:].numel()
 
@@ -196,15 +198,15 @@ class IntermediateBlock(nn.Module):
 
         A mixed kernel is one convolution instead of L, but has to be made for each image, however
         small its map: large maps, or many branches. Where products are quick, it is cheaper to
-        copy the map's patches than to rearrange a kernel for each image, and, in blocks that widen
-        and up to twice as many branches, to multiply a with x. Winograd's tiles save more than half
-        of the multiplications of 3×3 kernels (in·out), at a price for each channel (in + out): many
-        channels, and against mixed kernels, whose price hardly grows with L, few branches; and more
-        than one branch if the map is not cut into whole tiles. Small maps of many channels go
-        through products, where a CPU's own convolution is slow for them. From where on is in
-        `RULES`, for CPUs. The rest is evaluated as written but for where a is multiplied: with x
-        where that is fewer numbers than the result, else in one pass with what the branches give;
-        on a GPU always the latter, where the former is not measured.
+        copy the map's patches than to rearrange a kernel for each image; and where blocks widen,
+        mixing pays from more branches on, since a is else multiplied with x. Winograd's tiles save
+        more than half of the multiplications of 3×3 kernels (in·out), at a price for each channel
+        (in + out): many channels, and against mixed kernels, whose price hardly grows with L, few
+        branches; and more than one branch if the map is not cut into whole tiles. Small maps of
+        many channels go through products, where a CPU's own convolution is slow for them. From
+        where on is in `RULES`, for CPUs. The rest is evaluated as written but for where a is
+        multiplied: with x where that is fewer numbers than the result, else in one pass with what
+        the branches give; on a GPU always the latter, where the former is not measured.
         """
         everyone = list(range(len(self.branches)))
         if self.form != "auto" or x.device.type != "cpu":
@@ -261,8 +263,8 @@ def instructions() -> str:
 
 
 def rule_here() -> Rule:
-    """The rule for the CPU and the numbers that are calculated with here, half as long under
-    autocast; where nothing was measured, that of the next older kind."""
+    """The rule for the CPU and the numbers that are calculated with here, bfloat16 under autocast;
+    where nothing was measured, that of AVX512 for bfloat16 and that of AVX2 for float32."""
     if torch.is_autocast_enabled("cpu"):
         return RULES.get((instructions(), "bfloat16"), RULES["AVX512", "bfloat16"])
     return RULES.get((instructions(), "float32"), RULES["AVX2", "float32"])
@@ -461,8 +463,9 @@ class _PatchProducts(torch.autograd.Function):
 class _PatchConvolution(torch.autograd.Function):
     """W∗x of stride 1 as one product, of the k×k patches of all images and the kernels.
 
-    Where maps are small, oneDNN takes several times as long for it in bfloat16, and most of all
-    for the gradient of W, which here is a product too.
+    Where maps are small and channels many, oneDNN takes up to three times as long in bfloat16 with
+    AMX (`bench.MIXED`: 384 channels), most of all for the gradient of W, which here is a product
+    too. The patches of the whole batch exist at a time, k² times its maps.
     """
 
     @staticmethod
