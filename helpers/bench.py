@@ -41,7 +41,7 @@ SHAPES = (
     (256, 256, 4),
 )  # fmt: skip
 SWEPT = (24, 32, 32), (64, 128, 16), (128, 128, 8), (128, 128, 4)  # for which L is varied
-# With branches of 3×3 and 1×1, as the presets quick and hour have them.
+# With branches of 3×3 and 1×1, as the presets have them; the last ones on the maps of full.
 MIXED = (
     (32, 128, 16), (128, 128, 8), (96, 384, 16), (384, 384, 8), (384, 384, 6), (384, 384, 4),
     (384, 384, 2),
