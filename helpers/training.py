@@ -47,6 +47,7 @@ SECONDS_BETWEEN_CHECKPOINTS = 30
 SECONDS_WORTH_A_CHECKPOINT = 5  # of training, at the end of an epoch
 BATCHES_READ_AT_ONCE = 50  # of losses, from a GPU
 IMAGES_FOR_STATISTICS = 10_000  # of batch normalisation, after the last epoch
+IMAGES_IN_BETWEEN = 10_000  # clean training images measured where not all of them are
 
 
 class TrainingError(Exception):
@@ -522,10 +523,11 @@ def train_and_record(
             row["images_per_second"] *= before / row["seconds"]
             round_to_half(underway.network)
         last = underway.epoch == settings.epochs
-        clean = last or underway.epoch % settings.measure_training_every == 0
+        every = last or underway.epoch % settings.measure_training_every == 0
+        measured = training if every else first(training, IMAGES_IN_BETWEEN)
         precision = torch.float32 if last else underway.precision
-        row |= measure(underway.network, test, validation, training if clean else None, precision)
-        row |= gate_entropies(underway.network, test.subset(torch.arange(min(1000, len(test)))))
+        row |= measure(underway.network, measured, test, validation, precision)
+        row |= gate_entropies(underway.network, first(test, 1000))
         record.add_epoch(row, underway.rows)
         record.say(progress(row, settings, sum(row["seconds"] for row in record.epochs)))
         underway.begin_epoch(underway.epoch + 1)
@@ -592,14 +594,19 @@ def earlier_network(settings: Settings, images: ImageData) -> nn.Module | None:
     return load_network(earlier)
 
 
+def first(images: ImageSet, count: int) -> ImageSet:
+    """The first `count` images, or all if there are fewer."""
+    return images.subset(torch.arange(min(count, len(images))))
+
+
 def measure(
     network: nn.Module,
+    training: ImageSet,
     test: ImageSet,
     validation: ImageSet | None,
-    training: ImageSet | None,
     precision: torch.dtype,
 ) -> dict[str, float | None]:
-    """Exact accuracies on clean images in evaluation mode; None for a set that is not given.
+    """Exact accuracies on clean images in evaluation mode; None if there is no validation set.
 
     Args:
         precision: of the maps: float32 for a result, that of the training on the way there, since
@@ -629,7 +636,7 @@ def settle_statistics(network: nn.Module, training: ImageSet, settings: Settings
     if settings.statistics == "running":
         return 0.0
     whole = len(training) // batch * batch or len(training)  # all batches count alike
-    some = training.subset(torch.arange(min(whole, IMAGES_FOR_STATISTICS)))
+    some = first(training, min(whole, IMAGES_FOR_STATISTICS))
     if settings.statistics == "clean images":
         loader = evaluation_loader(some, batch)
     else:  # from draws of its own, so that they can be made again from the weights alone

@@ -128,14 +128,24 @@ def test_a_run_does_not_go_on_from_what_does_not_fit(
     assert runs.names() == ["earlier"] and not (runs.RUNS / "later").exists()
 
 
-def test_clean_training_images_are_measured_as_often_as_asked(
-    tiny_images: data.ImageData,
+def test_all_clean_training_images_are_measured_as_often_as_asked(
+    tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After every second epoch and the last; the training itself does not notice."""
+    """After every second epoch and the last, and some of them in between; the training itself does
+    not notice."""
+    measured, measure = [], training.measure
+
+    def noted(network: torch.nn.Module, images: data.ImageSet, *rest: object) -> dict[str, float]:
+        measured.append(len(images))
+        return measure(network, images, *rest)
+
+    monkeypatch.setattr(training, "measure", noted)
+    monkeypatch.setattr(training, "IMAGES_IN_BETWEEN", 50)
     _, often = quiet(tiny_images, SMALL)
     _, seldom = quiet(tiny_images, dataclasses.replace(SMALL, measure_training_every=2))
-    assert often.history["training_accuracy"].notna().all()
-    assert seldom.history["training_accuracy"].notna().tolist() == [False, True, True]
+    every = len(tiny_images.train)
+    assert measured == [every, every, every, 50, every, every]
+    assert seldom.history["training_accuracy"].notna().all()
     same = ["loss", "test_accuracy"]
     assert often.history[same].equals(seldom.history[same])
     assert often.metrics["training_accuracy"] == seldom.metrics["training_accuracy"]
