@@ -526,7 +526,7 @@ def pdf_content(run: runs.Run) -> dict:
         "result": result + on_other_machines(everywhere[~everywhere.index.isin(seeds.index)]),
         "seed": str(settings.seed),
         "best": best_of(everywhere) + not_chosen(accuracy.mean() / 100, others),
-        "measured": when_measured(parts),
+        "measured": when_measured(parts, [one.history for one in runs.lineage(run)]),
         "skips": settings.skip_easy > 0,
         "altered": settings.trivial_augment > 0,
         "restarted": len(parts) > 1,
@@ -643,13 +643,19 @@ def with_deviation(row: Any) -> str:
     return f"{100 * row.accuracy:.2f}{spread}"
 
 
-def when_measured(parts: list[dict[str, Any]]) -> str:
-    """After which epochs the clean training images were measured in a whole training, whose runs
-    have these parameters; in words."""
+def when_measured(parts: list[dict[str, Any]], histories: list[pd.DataFrame]) -> str:
+    """How many clean training images were measured, and after which epochs of a whole training,
+    whose runs have these parameters and histories; in words."""
     every = min(part["measure_training_every"] for part in parts)
-    if all(part["measure_training_every"] >= part["epochs"] for part in parts):
-        return "at the end of each training" if len(parts) > 1 else "at the end"
-    return "after each epoch" if every == 1 else f"after every {every} epochs"
+    end = "at the end"
+    if any(part["measure_training_every"] < part["epochs"] for part in parts):
+        end = "after each epoch" if every == 1 else f"after every {every} epochs"
+    elif len(parts) > 1:
+        end = "at the end of each training"
+    if every > 1 and all(known["training_accuracy"].notna().all() for known in histories):
+        some = training.IMAGES_IN_BETWEEN
+        return f"images as they are, all {end} and {some:,} after every other epoch"
+    return f"all images as they are, {end}"
 
 
 def in_turn(values: list[object]) -> str:

@@ -383,17 +383,36 @@ def test_parameters_of_two_trainings_stand_one_after_the_other_where_they_differ
 @pytest.mark.parametrize(
     ("parts", "said"),
     [
-        ([(1, 6)], "after each epoch"),
-        ([(4, 12)], "after every 4 epochs"),
-        ([(30, 30)], "at the end"),
-        ([(40, 40), (30, 30)], "at the end of each training"),
+        ([(1, 6)], "all images as they are, after each epoch"),
+        ([(4, 12)], "all images as they are, after every 4 epochs"),
+        ([(30, 30)], "all images as they are, at the end"),
+        ([(40, 40), (30, 30)], "all images as they are, at the end of each training"),
     ],
 )
 def test_the_pdf_says_when_training_images_were_measured(
     parts: list[tuple[int, int]], said: str
 ) -> None:
     given = [{"measure_training_every": every, "epochs": epochs} for every, epochs in parts]
-    assert report.when_measured(given) == said
+    seldom = [pd.DataFrame({"training_accuracy": [None, 0.9]})] * len(parts)
+    assert report.when_measured(given, seldom) == said
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ([(1, 6)], "all images as they are, after each epoch"),
+        (
+            [(40, 40), (30, 30)],
+            "images as they are, all at the end of each training and 10,000 after every other epoch",
+        ),
+    ],
+)
+def test_the_pdf_says_how_many_training_images_were_measured(
+    parts: list[tuple[int, int]], said: str
+) -> None:
+    given = [{"measure_training_every": every, "epochs": epochs} for every, epochs in parts]
+    always = [pd.DataFrame({"training_accuracy": [0.8, 0.9]})] * len(parts)
+    assert report.when_measured(given, always) == said
 
 
 def test_trainings_that_ended_higher_than_the_result_are_named() -> None:
