@@ -428,7 +428,6 @@ def main() -> None:
         parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(MEASUREMENTS)}")
     torch.set_default_device(runs.pick_device(given.device))
     torch.manual_seed(0)
-    torch.set_flush_denormal(True)
     runs.keep_freed_memory()
     machine = runs.surroundings(device(), "auto")
     on_gpu = device().type == "cuda"

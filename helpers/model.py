@@ -113,7 +113,8 @@ class IntermediateBlock(nn.Module):
             with its own kernel, (Σ aₗ·Wₗ)∗x; `"patches"` (stride 1), the same as one matrix product
             for each image; and `"winograd"` (3×3 and 1×1 kernels, stride 1), the sum inside
             Winograd's short convolution of tiles.
-            `"auto"` takes the cheapest for the shapes at hand.
+            `"auto"` takes the cheapest for the shapes at hand. Gradients of gradients can be had
+            of `"branches"` and `"scaled"` only.
 
     Attributes:
         temperature: of the softmax, which is nearly uniform where it is high (arXiv 1912.03458).
@@ -178,6 +179,8 @@ class IntermediateBlock(nn.Module):
     def gate(self, x: Tensor) -> Tensor:
         """The weights a, b×L, of the branches for each image of x, b×c×h×w."""
         check_images("x", x, self.fc.in_features)
+        if self.gate_function in ("constant", "uniform"):  # no function of m
+            return (self.fc.bias / self.temperature).softmax(dim=0).expand(len(x), -1)
         m = channel_means(x)
         a = self.fc(m)
         if self.gate_function == "linear":
@@ -304,11 +307,9 @@ def kernel_sizes(kernel_size: int | Sequence[int], branches: int) -> list[int]:
 
 def weighted_sum(x: Tensor, a: Tensor, branches: Sequence[nn.Module]) -> Tensor:
     """The sheet's formula as written: Σ aₗ·Cₗ(x), every branch on the same x, each called once."""
-    first, *others = branches
-    total = a[:, 0, None, None, None] * first(x)
-    for l, branch in enumerate(others, start=1):
-        total = total + a[:, l, None, None, None] * branch(x)
-    return total
+    scales = a[:, :, None, None, None].unbind(dim=1)
+    maps = (branch(x) for branch in branches)
+    return reduce(torch.add, (s.to(y.dtype) * y for s, y in zip(scales, maps, strict=True)))
 
 
 def sum_of_scaled(x: Tensor, a: Tensor, branches: Sequence[nn.Conv2d]) -> Tensor:
@@ -358,9 +359,12 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         a, *maps = ctx.saved_tensors
         flat = grad.permute(0, 2, 3, 1).flatten(1)  # a view, in channels-last memory format
-        grad_a = [torch.linalg.vecdot(y.permute(0, 2, 3, 1).flatten(1), flat) for y in maps]
+        grad_a = None
+        if ctx.needs_input_grad[0]:
+            each = [torch.linalg.vecdot(y.permute(0, 2, 3, 1).flatten(1), flat) for y in maps]
+            grad_a = torch.stack(each, dim=1).to(a.dtype)
         scales = a.to(grad.dtype)[:, :, None, None, None].unbind(dim=1)
-        return torch.stack(grad_a, dim=1).to(a.dtype), *[scale * grad for scale in scales]
+        return grad_a, *[scale * grad for scale in scales]
 
 
 def stacked_kernels(branches: Sequence[nn.Conv2d]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import functools
@@ -99,8 +100,8 @@ def device_name(default: str) -> Any:
     """A field for a device; whether the machine has it is asked by `pick_device`."""
 
     def fault(value: object) -> str | None:
-        right = isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", value)
-        return None if right else "auto, cpu, cuda or the like of cuda:1"
+        right = isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda", value)
+        return None if right else "auto, cpu or cuda (which of several: CUDA_VISIBLE_DEVICES)"
 
     return dataclasses.field(default=default, metadata={"fault": fault})
 
@@ -125,7 +126,7 @@ def wholes(default: list[int] | int, low: int, high: float = math.inf, single: b
         one = "an integer or " if single else ""
         return f"{one}a list of integers {span(low, high)}, such as [1, 2]"
 
-    return dataclasses.field(default_factory=lambda: default, metadata={"fault": fault})
+    return dataclasses.field(default_factory=lambda: copy.copy(default), metadata={"fault": fault})
 
 
 # The parameters of `Settings` that `BlockNetwork` takes.
@@ -282,7 +283,7 @@ def injected_names(cells: list[str]) -> list[str]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name; `"auto"` is the first GPU if there is one, else the CPU.
+    """The device of a name; `"auto"` is the GPU if there is one, else the CPU.
 
     Raises:
         ParameterError: the device does not exist on this machine.
@@ -419,6 +420,7 @@ class Record:
         self.epochs: list[dict[str, float]] = []
         self.batches: list[dict[str, float]] = []
         self.interruptions, self.over = 0, False
+        self.begun_on: list[dict[str, Any]] = []  # `hardware` of machines before this one
         config = dataclasses.asdict(settings) | {
             "run": self.name, "dataset": images.name, "version": VERSION,
         }  # fmt: skip
@@ -495,6 +497,7 @@ class Record:
                 if begun == self.config:
                     self.epochs, self.batches = state["epochs"], state["batches"]
                     self.interruptions = state["interruptions"] + 1
+                    self.begun_on = state.get("begun_on", [])
                     return state["training"]
                 fault = f"belongs to a run {begun['run']} of other parameters or another version"
             except (OSError, MemoryError) as error:  # nothing may be wrong with it: it stays
@@ -516,7 +519,8 @@ class Record:
             training: tensors, numbers, strings, lists and dictionaries of them.
         """
         state = {"config": self.config, "epochs": self.epochs, "batches": self.batches,
-                 "interruptions": self.interruptions, "training": training}  # fmt: skip
+                 "interruptions": self.interruptions, "begun_on": self.begun_on,
+                 "training": training}  # fmt: skip
         latest, before = self.checkpoints()
         self.write(latest, lambda file: torch.save(state, file), before)
 
@@ -571,6 +575,8 @@ class Record:
             "interruptions": self.interruptions,
             "weights_sha256": hashlib.sha256(content.getvalue()).hexdigest(),
         }
+        if self.begun_on:
+            metrics["begun_on"] = self.begun_on
         whole = self.write(self.folder / "weights.pt", lambda file: file.write(content.getvalue()))
         whole = self.write_tables() and whole
         if whole and self.write(self.folder / "metrics.json", as_bytes(as_json(metrics))):
@@ -929,18 +935,29 @@ def training_seconds(run: Run) -> float:
 def kind_of(run: Run) -> str:
     """What a run calculated with, such as CPU, AVX2, float32: only within a kind do times compare,
     and for the bits not even there."""
-    hardware = run.metrics["hardware"]
-    of_cpu = f"CPU, {hardware.get('instructions', 'unknown')}"
-    kind = "GPU" if hardware["device"] == "cuda" else of_cpu
-    return f"{kind}, {hardware.get('precision', 'float32')}"
+
+    def kind(hardware: dict[str, Any]) -> str:
+        of_cpu = f"CPU, {hardware.get('instructions', 'unknown')}"
+        device = "GPU" if hardware["device"] == "cuda" else of_cpu
+        return f"{device}, {hardware.get('precision', 'float32')}"
+
+    return ", then ".join(dict.fromkeys(map(kind, hardware_of(run))))
 
 
 def machine_of(run: Run) -> str:
     """What a run was made on, in words."""
-    hardware = run.metrics["hardware"]
-    cores = f"{hardware['threads']} CPU cores ({hardware['processor']}"
-    details = [hardware[key] for key in ("instructions", "precision") if key in hardware]
-    return hardware.get("gpu", ", ".join([cores, *details]) + ")")
+
+    def machine(hardware: dict[str, Any]) -> str:
+        cores = f"{hardware['threads']} CPU cores ({hardware['processor']}"
+        details = [hardware[key] for key in ("instructions", "precision") if key in hardware]
+        return hardware.get("gpu", ", ".join([cores, *details]) + ")")
+
+    return ", then ".join(dict.fromkeys(map(machine, hardware_of(run))))
+
+
+def hardware_of(run: Run) -> list[dict[str, Any]]:
+    """The machines that a run was made on, one after the other."""
+    return [*run.metrics.get("begun_on", []), run.metrics["hardware"]]
 
 
 def by_cost(dataset: str = "cifar10") -> pd.DataFrame:

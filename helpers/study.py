@@ -186,13 +186,14 @@ def run_one(name: str) -> str:
     Returns:
         its name.
     """
+    images = data.load_data()
+    if images.name != "cifar10":
+        raise StudyError("CIFAR-10 is not here, and what learns from the stand-in says nothing.")
     if not (runs.RUNS / name / "metrics.json").is_file():
         target = report.REPORT / "study" / f"{name}.ipynb"
         target.parent.mkdir(parents=True, exist_ok=True)
         report.execute(report.TRAINING, target, parameters_of(name))
-    run, images = runs.read(name), data.load_data()
-    if images.name != "cifar10":
-        raise StudyError(f"{name} learnt from the stand-in, which says nothing; delete its record.")
+    run = runs.read(name)
     runs.check_same_data(run, images)
     runs.write_json(run.folder / "study.json", what_weights_say(run, images))
     (run.folder / "weights.pt").unlink()

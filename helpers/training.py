@@ -207,10 +207,15 @@ class Replayed:
         self.step, self.network, self.stream = step, network, stream
         self.calls: Counter[tuple] = Counter()
         self.recordings: dict[tuple, tuple] = {}
+        self.temperatures: list[float] = []
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        temperatures = tuple(block.temperature for block in self.network.blocks)
-        kind = (temperatures, *(x.shape for x in inputs))
+        temperatures = [block.temperature for block in self.network.blocks]
+        if temperatures != self.temperatures:  # they are numbers of the recordings, which keep
+            self.temperatures = temperatures  # the memory of a step each
+            self.calls.clear()
+            self.recordings.clear()
+        kind = tuple(x.shape for x in inputs)
         self.calls[kind] += 1
         if self.calls[kind] <= self.CALL_BY_CALL:
             return self.aside(*inputs)
@@ -284,7 +289,7 @@ class Underway:
             return train_batch(network, x, labels, weights, optimizers, smoothing, precision)
 
         on_gpu = self.device.type == "cuda"
-        self.step = Replayed(step, network, torch.cuda.Stream()) if on_gpu else step
+        self.step = Replayed(step, network, torch.cuda.Stream(self.device)) if on_gpu else step
         # Shuffling and augmentation draw from this generator and from no other.
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.augmentation = augmentation_of(settings, len(training), self.generator)
@@ -482,7 +487,6 @@ def train(
     device = pick_device(settings.device)
     check_batches(settings, settings.images_of(len(images.train)))
     begin_with = earlier_network(settings, images)
-    torch.set_flush_denormal(True)  # tiny numbers are slow on a CPU and change nothing
     keep_freed_memory()
     with Record(settings, images, report) as record:
         network = train_and_record(images, settings, record, device, begin_with)
@@ -512,17 +516,18 @@ def train_and_record(
         record.save(underway.state())
 
     while underway.epoch <= settings.epochs:
+        last = underway.epoch == settings.epochs
         try:
             row = train_epoch(underway, save)
+            if last:
+                before = row["seconds"]
+                row["seconds"] += settle_statistics(underway.network, training, settings)
+                row["images_per_second"] *= before / row["seconds"]
+                round_to_half(underway.network)
+                check_weights(underway)
         except TrainingError as error:
             record.fail(str(error))
             raise
-        if underway.epoch == settings.epochs:
-            before = row["seconds"]
-            row["seconds"] += settle_statistics(underway.network, training, settings)
-            row["images_per_second"] *= before / row["seconds"]
-            round_to_half(underway.network)
-        last = underway.epoch == settings.epochs
         every = last or underway.epoch % settings.measure_training_every == 0
         measured = training if every else first(training, IMAGES_IN_BETWEEN)
         precision = torch.float32 if last else underway.precision
@@ -549,6 +554,7 @@ def go_on(underway: Underway, state: dict[str, Any], record: Record) -> None:
         if before.get(name) != now[name]
     ]
     if changed:
+        record.begun_on.append(before)
         record.say(
             f"it was begun on another machine ({'; '.join(changed)}), so that it will differ by "
             "rounding from one that was not stopped"

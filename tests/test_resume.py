@@ -209,6 +209,12 @@ def test_another_number_of_threads_is_said(
     finally:
         torch.set_num_threads(threads)
     assert "another machine (threads" in said[1] and "differ by rounding" in said[1]
+    begun, now = runs.hardware_of(run)
+    assert (begun["threads"], now["threads"]) == (threads, 3 - min(threads, 2))
+    assert runs.machine_of(run).startswith(f"{threads} CPU cores") and ", then " in (
+        runs.machine_of(run)
+    )
+    assert ", then " not in runs.kind_of(run), "it calculated with the same instructions"
     _, expected = undisturbed
     ours, theirs = run.batches["loss"], expected.batches["loss"]
     assert ours[:3].tolist() == theirs[:3].tolist()

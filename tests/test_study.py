@@ -116,12 +116,13 @@ def test_missing_runs_are_run_and_others_passed_over(tiny_study: list[str]) -> N
     assert alike.loc["softmax", "B2"] == pytest.approx(expected)
 
 
-def test_what_learnt_from_the_stand_in_is_refused(
+def test_nothing_is_to_learn_from_the_stand_in(
     tiny_study: list[str], tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data, "load_data", lambda: tiny_images)
-    with pytest.raises(study.StudyError, match="learnt from the stand-in"):
+    with pytest.raises(study.StudyError, match="learns from the stand-in"):
         study.run_one("study-softmax-seed0")
+    assert not tiny_study, "before anything is trained"
     with pytest.raises(SystemExit, match="No planned run's name begins with 'studie'"):
         study.main(["--only", "studie"])
 

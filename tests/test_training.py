@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -149,6 +151,38 @@ def test_all_clean_training_images_are_measured_as_often_as_asked(
     same = ["loss", "test_accuracy"]
     assert often.history[same].equals(seldom.history[same])
     assert often.metrics["training_accuracy"] == seldom.metrics["training_accuracy"]
+
+
+def test_no_thread_calculates_with_denormal_numbers(
+    run_python: Callable[..., subprocess.CompletedProcess],
+) -> None:
+    """Which a thread that was there before would go on with."""
+    process = run_python(
+        "-c",
+        "import torch; torch.set_num_threads(2)\n"
+        "from helpers import data\n"
+        "torch.rand(2**22, 2).t().contiguous()\n"
+        "from helpers import training\n"
+        "print(int((torch.full((2**22,), 1e-39) * 1).count_nonzero()))",
+        project=data.ROOT,
+        cwd=data.ROOT,
+    )
+    assert process.stdout.strip() == "0", process.stderr
+
+
+def test_weights_that_half_precision_cannot_hold_end_the_run(
+    tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded after the last epoch, they would be infinite; the record says so, and why."""
+
+    def grow(network: torch.nn.Module, *_: object) -> float:
+        next(network.buffers()).fill_(1e6)
+        return 0.0
+
+    monkeypatch.setattr(training, "settle_statistics", grow)
+    with pytest.raises(training.TrainingError, match="Weights are not finite in epoch 3"):
+        quiet(tiny_images, dataclasses.replace(SMALL, run="grown"))
+    assert "not finite" in runs.read_json(runs.RUNS / "grown" / "failed.json")["failed"]
 
 
 def test_gates_are_warm_at_first_and_their_entropy_is_recorded(
