@@ -457,7 +457,10 @@ def batch_losses(batches: pd.DataFrame, restarts: Sequence[int] = ()) -> Figure:
     for epoch in restarts:
         axes.axvline(ends[epoch - 1] + 0.5, color=REFERENCE, linewidth=0.8)
         where = {"xycoords": ("data", "axes fraction"), "va": "top", "ha": "right"}
-        axes.annotate("begun again ", (ends[epoch - 1], 0.985), color=REFERENCE, **where)
+        clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # of the dotted lines
+        axes.annotate(
+            "begun again ", (ends[epoch - 1], 0.985), color=REFERENCE, bbox=clear, **where
+        )
     dotted = "ends of epochs" if apart == 1 else f"every {apart} epochs"
     axes.set(
         xlabel=f"training batch (n = {len(batches):,}; dotted: {dotted})",
@@ -489,6 +492,11 @@ def _names_beside(axes: Axes, names: pd.Series, x: pd.Series, y: pd.Series) -> N
         )  # fmt: skip
 
 
+# In `accuracy_by_cost`: a colour for each kind of machine, and what has a name in both panels.
+MACHINES = (COLOURS[4], COLOURS[9], COLOURS[2], COLOURS[5])
+NAMED_TWICE = ("full", "hour", "hour-avx2", "quick")
+
+
 @figure
 def accuracy_by_cost(compared: pd.DataFrame, published: tuple[float, float, float]) -> Figure:
     """Test accuracy against minutes of training and against multiply-adds, on logarithmic axes.
@@ -500,7 +508,7 @@ def accuracy_by_cost(compared: pd.DataFrame, published: tuple[float, float, floa
     wider = {"width_ratios": (1.15, 1)}
     drawn, panels = plt.subplots(1, 2, figsize=(1.6 * WIDTH, 6.8), sharey=True, gridspec_kw=wider)
     for axes, column, other in zip(panels, ("minutes", "work"), published[1:]):
-        for (kind, own), colour in zip(compared.groupby("kind"), (TEST, TRAINING, *COLOURS[2:])):
+        for (kind, own), colour in zip(compared.groupby("kind"), MACHINES):
             axes.errorbar(
                 own[column], 100 * own["accuracy"], 100 * own["deviation"], fmt="o", color=colour,
                 capsize=3, label=f"this project, {kind}",
@@ -512,7 +520,13 @@ def accuracy_by_cost(compared: pd.DataFrame, published: tuple[float, float, floa
         axes.axhline(100 * published[0], color=REFERENCE, linestyle="--", linewidth=1)
         axes.set_xscale("log")
         _large(axes)
+    panels[0].axvline(published[1], color=REFERENCE, linestyle="--", linewidth=1)
     _names_beside(panels[0], compared["run"], compared["minutes"], 100 * compared["accuracy"])
+    for row in compared[compared["run"].isin(NAMED_TWICE)].itertuples():
+        panels[1].annotate(
+            row.run, (row.work, 100 * row.accuracy), (8, 0), textcoords="offset points",
+            va="center", fontsize=DIAGRAM_TEXT,
+        )  # fmt: skip
     panels[0].set(xlabel="minutes of training", ylabel="test accuracy in %")
     panels[0].xaxis.set_major_formatter("{x:g}")
     panels[0].xaxis.set_minor_formatter(NullFormatter())
@@ -578,7 +592,7 @@ def accuracy_by_epoch(
         )  # fmt: skip
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes.set(xlabel="epoch", ylabel="accuracy in %")
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right", frameon=True, edgecolor="none", framealpha=1)
     return drawn
 
 
@@ -591,13 +605,15 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
 
     The colour shows the mistakes only: beside the right answers they would all look white.
     """
-    drawn, axes = plt.subplots(figsize=(WIDTH, 5.2))
+    drawn, axes = plt.subplots(figsize=(0.9 * WIDTH, 5.2))
     mistakes = counts * (1 - np.eye(len(names), dtype=int))
     texts = np.where(np.eye(len(names), dtype=bool), "", counts.astype(str))
     sns.heatmap(
         mistakes, annot=texts, fmt="", cmap="rocket_r", cbar=False, square=True, ax=axes,
         xticklabels=names, yticklabels=names, annot_kws={"size": 8},
     )  # fmt: skip
+    for text, number in zip(axes.texts, mistakes.flat, strict=True):
+        text.set_color("white" if number > mistakes.max() / 2 else "black")
     for k in range(len(names)):
         axes.add_patch(plt.Rectangle((k, k), 1, 1, facecolor="0.92"))
         axes.text(k + 0.5, k + 0.5, counts[k, k], ha="center", va="center", fontsize=8)
@@ -675,7 +691,7 @@ def robustness(table: pd.DataFrame) -> Figure:
         )
         names = ["none", *(f"{strength:g}" for strength in rows["strength"].iloc[1:])]
         axes.set_xticks(rows["step"], names, rotation=60, fontsize=9)
-        axes.set_xlabel(kind)
+        axes.set_xlabel(kind.replace(": ", ":\n"))
         axes.grid(axis="y", alpha=0.4)
     panels[0].set_ylabel(f"accuracy in % (n = {table['images'].iloc[0]:,})")
     return drawn
@@ -737,24 +753,32 @@ def differences(compared: pd.DataFrame, base: str) -> Figure:
 def entropies_by_epoch(
     history: pd.DataFrame, sizes: Sequence[int] = (), restarts: Sequence[int] = ()
 ) -> Figure:
-    """The mean entropy of each block's a after each epoch, as a share of its maximum.
+    """The mean entropy of each block's a after each epoch, as a share of its maximum; three blocks
+    a panel.
 
     Args:
         sizes, restarts: as of `accuracy_by_epoch`.
     """
     columns = [name for name in history if name.startswith("entropy_")]
-    drawn, axes = plt.subplots()
-    _mark_epochs(axes, sizes, restarts)
-    colours = sns.color_palette("viridis", len(columns))
-    every = math.ceil(len(history) / 30)  # more markers than that hide the lines
-    lines = []
-    for name, colour, marker in zip(columns, colours, itertools.cycle("osD^vP")):
-        block, style = name.removeprefix("entropy_"), {"marker": marker, "markevery": every}
-        lines += axes.plot(history["epoch"], history[name], color=colour, label=block, **style)
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    axes.set(xlabel="epoch", ylabel="entropy of a (share of log L)", ylim=(0, 1.25))
-    axes.set_yticks(np.linspace(0, 1, 6))
-    axes.legend(handles=lines, ncols=3)
+    parts = [columns[k : k + 3] for k in range(0, len(columns), 3)]
+    drawn, panels = plt.subplots(
+        1, len(parts), figsize=(1.5 * WIDTH, 3.2), sharey=True, squeeze=False
+    )
+    every = math.ceil(len(history) / 15)  # more markers than that hide the lines
+    for axes, part in zip(panels.flat, parts, strict=True):
+        _mark_epochs(axes, sizes, restarts)
+        lines = []
+        for name, colour, marker in zip(part, (COLOURS[4], COLOURS[9], COLOURS[5]), "osD"):
+            block, style = name.removeprefix("entropy_"), {"marker": marker, "markevery": every}
+            lines += axes.plot(history["epoch"], history[name], color=colour, label=block, **style)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axes.set(xlabel="epoch", ylim=(0, 1.25))
+        axes.set_yticks(np.linspace(0, 1, 6))
+        axes.legend(
+            handles=lines, ncols=3, loc="lower right", frameon=True, edgecolor="none", framealpha=1,
+            handlelength=1, columnspacing=1,
+        )  # fmt: skip
+    panels[0, 0].set_ylabel("entropy of a (share of log L)")
     return drawn
 
 
@@ -788,6 +812,7 @@ def gates_by_class(
         )  # fmt: skip
         place.set_title(f"B{number}")
         place.tick_params(axis="x", labelsize=8)
+        place.tick_params(axis="y", length=0)
     drawn.supxlabel("branches, by their kernels, each with its mean a", fontsize=11)
     return drawn
 
