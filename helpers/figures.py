@@ -379,8 +379,8 @@ def cost_by_layer(table: pd.DataFrame) -> Figure:
 @figure
 def cost_by_branches(blocks: pd.DataFrame, steps: pd.DataFrame) -> Figure:
     """What L branches cost, as written (dashed) and as built (solid): single blocks, over one plain
-    convolution, and a training step of the whole network, over the one with L = 1, in each number
-    type.
+    convolution, and a training step of the whole network, over the one as written with L = 1, in
+    each number type.
 
     Args:
         blocks: `blocks.csv` of `helpers.bench`.
@@ -393,7 +393,10 @@ def cost_by_branches(blocks: pd.DataFrame, steps: pd.DataFrame) -> Figure:
         for (c, out, size), own in swept.groupby(["in", "out", "map"], sort=False)
         if own["L"].nunique() > 1
     }
-    networks = dict(iter(steps.groupby("precision", sort=False)))
+    networks = {}
+    for precision, own in steps.groupby("precision", sort=False):
+        one = own.query("L == 1 and form == 'branches'")["milliseconds"].item()
+        networks[precision] = own.assign(ratio=own["milliseconds"] / one)
     for axes, curves in ((left, cases), (right, networks)):
         colours = COLOURS if axes is left else ["black", "0.6"]
         for (name, own), colour in zip(curves.items(), colours):
@@ -407,7 +410,7 @@ def cost_by_branches(blocks: pd.DataFrame, steps: pd.DataFrame) -> Figure:
         axes.set_xlabel("branches L (dashed: as written, solid: as built)")
         _large(axes)
     left.set(title="a block, over one plain convolution (float32)", ylabel="time, as a ratio")
-    right.set_title("a step of the whole network, over that with L = 1")
+    right.set_title("a step of the whole network, over that as written with L = 1")
     _large(left)
     return drawn
 

@@ -32,7 +32,7 @@ MODULES = (
 # What a chapter does not repeat, because it stands at the notebook's top.
 AT_THE_TOP = ("import sys\nfrom pathlib import Path", "settings = runs.check", "images = data.load")
 # What reads records that only the whole project has; here stands what it gave.
-PROJECT_ONLY = ("runs.benchmark(", "study.")
+PROJECT_ONLY = ("runs.benchmark", "study.")
 
 INTRODUCTION = """# CIFAR-10 with input-weighted convolution blocks
 

@@ -1064,6 +1064,44 @@ def benchmark(table: str, folder: Path | None = None) -> pd.DataFrame:
     return pd.read_csv((folder or benchmark_folders()[-1]) / f"{table}.csv")
 
 
+def benchmark_aims() -> pd.DataFrame:
+    """What was aimed at for four branches of 3×3 kernels, and what every machine that was measured
+    reached, a row for each and its number type.
+
+    Columns: the time of a block as built, over one plain convolution of its shape (lowest and
+    highest of the shapes on maps of that size), and that of a step of the preset `quick`, over the
+    step with one branch (the quicker one, as built or as written), and by how much it grows with
+    each branch more from one to four, and from four to eight.
+    """
+    columns = ["block, ≥ 16×16", "block, 8×8", "step", "a branch more, to 4", "a branch more, to 8"]
+    rows = {("aimed at", ""): ["≤ 1.5", "≤ 2.5", "≤ 1.5", "< 8%", "< 8%"]}
+    for folder in [*benchmark_folders(), *benchmark_folders("cuda")]:
+        steps = benchmark("steps", folder)
+        hardware = read_json(folder / "machine.json")["hardware"]
+        if "precision" not in steps:  # measured in one number type, that of the machine
+            steps["precision"] = hardware.get("precision", "float32")
+        for precision, own in steps.groupby("precision", sort=False):
+            time = own.pivot(index="L", columns="form", values="milliseconds")
+            one, four, eight = time.loc[1].min(), time["auto"][4], time["auto"][8]
+            rows[folder.name, precision] = [
+                *_block_ratios(folder, precision), f"{four / one:.1f}",
+                *(f"{more - 1:.0%}" for more in ((four / one) ** (1 / 3), (eight / four) ** 0.25)),
+            ]  # fmt: skip
+    index = pd.MultiIndex.from_tuples(rows, names=["machine", "numbers"])
+    return pd.DataFrame(list(rows.values()), index=index, columns=columns)
+
+
+def _block_ratios(folder: Path, precision: str) -> list[str]:
+    """Of `benchmark_aims`: lowest and highest ratio on large maps and on those of 8×8."""
+    if not (folder / "blocks.csv").is_file():
+        return ["–", "–"]
+    blocks = benchmark("blocks", folder)
+    mine = (blocks["L"] == 4) & (blocks["form"] == "auto") & (blocks["precision"] == precision)
+    sizes = blocks["map"][mine], blocks["ratio"][mine]
+    parts = [sizes[1][sizes[0] >= 16], sizes[1][sizes[0] == 8]]
+    return [f"{ratios.min():.1f} to {ratios.max():.1f}" for ratios in parts]
+
+
 def benchmark_folders(device: str = "cpu") -> list[Path]:
     """The folders of what `make bench` has measured on CPUs, or on GPUs (`"cuda"`), one a kind, the
     latest last."""

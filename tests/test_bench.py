@@ -84,6 +84,28 @@ def test_the_record_of_a_gpu_is_kept_apart() -> None:
         assert shares.sum() == pytest.approx(1, abs=0.01)
 
 
+def test_the_aims_are_held_against_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an older record, whose steps do not say their number type."""
+    monkeypatch.setattr(runs, "BENCHMARKS", tmp_path)
+    (tmp_path / "AVX2").mkdir()
+    blocks = [(8, 4, "auto", 2.04), (16, 4, "auto", 1.5), (32, 4, "auto", 1.31)]
+    blocks += [(32, 4, "grouped", 1), (32, 8, "auto", 9), (4, 4, "auto", 9)]
+    table = pd.DataFrame(blocks, columns=["map", "L", "form", "ratio"]).assign(precision="float32")
+    table.to_csv(tmp_path / "AVX2" / "blocks.csv", index=False)
+    took = {("auto", 1): 12, ("branches", 1): 10, ("auto", 4): 20, ("auto", 8): 20}
+    took |= {("branches", 4): 40, ("branches", 8): 80}
+    steps = pd.DataFrame([(*key, value) for key, value in took.items()])
+    steps.columns = ["form", "L", "milliseconds"]
+    steps.to_csv(tmp_path / "AVX2" / "steps.csv", index=False)
+    machine = {"finished": "2026", "hardware": {"device": "cpu", "instructions": "AVX2"}}
+    runs.write_json(tmp_path / "AVX2" / "machine.json", machine)
+    aims = runs.benchmark_aims()
+    assert aims.index.tolist() == [("aimed at", ""), ("AVX2", "float32")]
+    assert aims.iloc[1].tolist() == ["1.3 to 1.5", "2.0 to 2.0", "2.0", "26%", "0%"]
+
+
 def test_the_machine_is_named() -> None:
     assert re.search(r"\d+ threads", runs.benchmark_machine())
 
