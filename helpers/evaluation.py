@@ -321,13 +321,16 @@ def explained_by_colour(a: Tensor, images: Tensor) -> float:
     return float(cross_val_score(model, colour.numpy(), a.numpy(), cv=folds, scoring="r2").mean())
 
 
-def with_replaced_gates(network: nn.Module, a: Sequence[Tensor], what: str) -> nn.Module:
+def with_replaced_gates(
+    network: nn.Module, a: Sequence[Tensor], what: str, among: Sequence[int] = ()
+) -> nn.Module:
     """A copy of the network in which every image gets other weights than its own.
 
     Args:
         a: the weights that `gates` gave, K tensors N×L.
         what: `"mean"`: each block's mean over the images; `"shuffled"`: in each batch, the
             weights that belong to the image before it in the batch.
+        among: numbers (from 1) of the blocks in which that is done; all, if none are named.
 
     Raises:
         ValueError: another `what`.
@@ -335,7 +338,9 @@ def with_replaced_gates(network: nn.Module, a: Sequence[Tensor], what: str) -> n
     if what not in ("mean", "shuffled"):
         raise ValueError(f"what={what!r} is not known; allowed: mean, shuffled.")
     changed = copy.deepcopy(network)
-    for block, weights in zip(changed.blocks, a):
+    for number, (block, weights) in enumerate(zip(changed.blocks, a), start=1):
+        if among and number not in among:
+            continue
         if what == "mean":
             mean = weights.mean(dim=0)
             block.gate = lambda x, mean=mean: mean.expand(len(x), -1)
