@@ -30,6 +30,8 @@ SHAPES = [
     (4, 1, 1, (4, 3), "linear"),
     (4, 1, 2, (5, 5), "sigmoid"),
     (5, (1, 3, 3, 5, 7), 2, (9, 8), "linear"),
+    (6, 3, 1, (6, 7), "sigmoid"),
+    (7, (3, 1, 3, 1, 3, 5, 3), 2, (5, 6), "softmax"),
     (8, 3, 1, (3, 2), "softmax"),
     (2, (3, 1), 1, (9, 13), "softmax"),
     (8, 3, 2, (1, 1), "sigmoid"),
@@ -120,9 +122,10 @@ def test_value_and_gradients_equal_the_formula(shape, form, memory_format):
         assert_same(value_and_gradients(block, block, x), expected, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("shape", "form"), CASES, ids=str)
-def test_float32_equals_the_formula_to_rounding(shape, form):
-    exact, x = block_of(shape, form), random_maps(shape, 11)
+def test_float32_equals_the_formula_to_rounding(shape, form, memory_format):
+    exact, x = block_of(shape, form), random_maps(shape, 11, memory_format=memory_format)
     expected = value_and_gradients(lambda x: formula(exact, x), exact, x)
     block, x32 = block_of(shape, form).float(), x.detach().float().requires_grad_()
     measured = value_and_gradients(block, block, x32)
