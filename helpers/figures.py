@@ -410,7 +410,7 @@ def cost_by_branches(blocks: pd.DataFrame, steps: pd.DataFrame) -> Figure:
         axes.set_xlabel("branches L (dashed: as written, solid: as built)")
         _large(axes)
     left.set(title="a block, over one plain convolution (float32)", ylabel="time, as a ratio")
-    right.set_title("a step of the whole network, over that as written with L = 1")
+    right.set_title("a whole step, over that as written with L = 1")
     _large(left)
     return drawn
 
@@ -527,7 +527,7 @@ def accuracy_by_cost(compared: pd.DataFrame, published: tuple[float, float, floa
     _names_beside(panels[0], compared["run"], compared["minutes"], 100 * compared["accuracy"])
     for row in compared[compared["run"].isin(NAMED_TWICE)].itertuples():
         panels[1].annotate(
-            row.run, (row.work, 100 * row.accuracy), (8, 0), textcoords="offset points",
+            row.run, (row.work, 100 * row.accuracy), (6, -10), textcoords="offset points",
             va="center", fontsize=DIAGRAM_TEXT,
         )  # fmt: skip
     panels[0].set(xlabel="minutes of training", ylabel="test accuracy in %")
@@ -685,7 +685,7 @@ def answered(table: pd.DataFrame) -> Figure:
 def robustness(table: pd.DataFrame) -> Figure:
     """Accuracy on worse and worse images, a panel a corruption, from `probing.robustness`."""
     kinds = table["corruption"].unique()
-    drawn, panels = plt.subplots(1, len(kinds), figsize=(1.3 * WIDTH, 2.9), sharey=True)
+    drawn, panels = plt.subplots(1, len(kinds), figsize=(1.3 * WIDTH, 3.3), sharey=True)
     for axes, kind in zip(panels, kinds):
         rows = table[table["corruption"] == kind]
         around = 100 * np.array([rows["accuracy"] - rows["low"], rows["high"] - rows["accuracy"]])
