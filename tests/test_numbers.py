@@ -217,6 +217,19 @@ def test_the_readme_states_what_was_measured_on_a_gpu() -> None:
     assert f"the four of `full-gpu` are such runs, and reach {low} to {high}" in text
 
 
+def test_the_training_notebook_states_what_averaging_gave() -> None:
+    more = runs.read_json(runs.BENCHMARKS / "averaging.json")["points_more"]
+    said = prose(ROOT / NOTEBOOKS[2])
+    for decay, words in {
+        "0.98": "about fifty steps is {} points ahead",
+        "0.9": "one over ten {},",
+        "0.995": "one over two hundred {} behind",
+    }.items():
+        points = f"{abs(more[decay][0]):.2f} ± {more[decay][1]:.2f}"
+        assert words.format(points) in said
+    assert more["0.995"][0] < 0 < more["0.9"][0]
+
+
 def text_outputs(name: str) -> list[str]:
     """What the cells of a stored notebook have put out, as text."""
     cells = nbformat.read(ROOT / name, as_version=4).cells
