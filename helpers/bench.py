@@ -52,7 +52,7 @@ REPEATS = {"cpu": 1, "cuda": 10}  # runs of each in a round
 LAST = "channels_last"
 
 
-def in_turn(
+def one_after_another(
     candidates: dict[Any, Callable[[], object]], rounds: int = ROUNDS, repeats: int | None = None
 ) -> dict[Any, float]:
     """The seconds of each candidate: the median over rounds of the mean of a few runs.
@@ -161,7 +161,7 @@ def bench_blocks() -> pd.DataFrame:
     for precision, ((c, out, size), sizes) in itertools.product(precisions(), cases):
         candidates: dict[str, Callable] = plain(c, out, size, precision)
         candidates |= {form: block(c, out, size, sizes, form, precision) for form in FORMS}
-        seconds = in_turn(candidates)
+        seconds = one_after_another(candidates)
         one = min(value for name, value in seconds.items() if name.startswith("plain"))
         numbers, kernels = str(precision).removeprefix("torch."), "+".join(map(str, sizes))
         for form in FORMS:
@@ -230,7 +230,7 @@ def bench_steps() -> pd.DataFrame:
         for step in candidates.values():  # those before the recording, and the first of it
             for _ in range(5 * recorded):
                 step()
-        seconds = in_turn(candidates, rounds=3)
+        seconds = one_after_another(candidates, rounds=3)
         for L in BRANCHES:
             rows.append(
                 {"precision": numbers, "form": form, "L": L, "milliseconds": 1e3 * seconds[L],
@@ -255,7 +255,7 @@ def bench_full() -> pd.DataFrame:
         candidates = {form: step_of(250, form, size, **network_of_full()) for form in forms}
         for step in candidates.values():  # whose first steps find their memory
             step()
-        seconds = in_turn(candidates, rounds=5)
+        seconds = one_after_another(candidates, rounds=5)
         for form in forms:
             rows.append(
                 {"size": size, "form": form, "milliseconds": 1e3 * seconds[form],
@@ -376,7 +376,7 @@ def time_step(
     begin = time.perf_counter()
     step()
     first = time.perf_counter() - begin
-    seconds = in_turn({"step": step}, rounds=1, repeats=4)["step"]
+    seconds = one_after_another({"step": step}, rounds=1, repeats=4)["step"]
     return {"milliseconds": 1e3 * seconds / batch, "first": first}
 
 

@@ -162,8 +162,8 @@ def starting_cells(chapters: list[NotebookNode], run: runs.Run) -> list[Notebook
     """Imports, one cell with the parameters of all chapters, their check, the data, and the run
     from which the given one went on, if any."""
     lines: dict[str, str] = {}
-    for chapter in sorted(chapters, key=lambda chapter: -len(parameters_of(chapter))):
-        for line in parameters_of(chapter) + undeclared():
+    for chapter in sorted(chapters, key=lambda chapter: -len(parameter_lines(chapter))):
+        for line in parameter_lines(chapter) + undeclared():
             name, comment = re.match(r"(\w+)(?: =|:) .*?(  # .*)", line).groups()
             value = "" if name == "run" else runs.parameters_of(run)[name]  # a run of its own
             lines.setdefault(
@@ -218,7 +218,7 @@ def printed_by_training(run: runs.Run) -> str:
     return "".join(output.text for output in cell.outputs if output.output_type == "stream")
 
 
-def parameters_of(chapter: NotebookNode) -> list[str]:
+def parameter_lines(chapter: NotebookNode) -> list[str]:
     """The lines of its parameters cell."""
     return next(cell for cell in chapter.cells if is_parameters(cell)).source.split("\n")
 

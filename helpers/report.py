@@ -507,25 +507,16 @@ def make_pdf(run: runs.Run, drawn: Path, target: Path) -> None:
 def pdf_content(run: runs.Run) -> dict:
     """Every number of the PDF as text, from the records."""
     settings, everywhere = runs.settings_of(run), runs.seeds_anywhere(run)
-    seeds = everywhere[everywhere["kind"] == runs.kind_of(run)]
     parts = [runs.parameters_of(one) for one in runs.lineage(run)]
-    accuracy, minutes = 100 * seeds["test_accuracy"], seeds["train_seconds"] / 60
-    spread = f"{len(seeds)} seeds (mean ± standard deviation)" if len(seeds) > 1 else "1 seed"
-    low, high = evaluation.interval(round(run.metrics["test_accuracy"] * TEST_IMAGES), TEST_IMAGES)
-    result = (
-        f"{mean_and_deviation(accuracy, 2)} % of the test images are classified correctly after "
-        f"{mean_and_deviation(minutes, 1)} minutes of training{machines(runs.lineage(run))}; "
-        f"n = {spread}, last epoch, no test-time augmentation. 95 % interval over images, for seed "
-        f"{settings.seed}: {100 * low:.2f} to {100 * high:.2f} %."
-    )
+    here = everywhere[everywhere["kind"] == runs.kind_of(run)]
+    elsewhere = everywhere[~everywhere.index.isin(here.index)]
     made = runs.by_cost(run.metrics["dataset"])
     others = made[~made["run"].isin(everywhere["run"].map(runs.without_seed))]
-    choices = runs.choices(run.metrics["dataset"])
     return {
         "stand_in": "" if run.metrics["dataset"] == "cifar10" else STAND_IN,
-        "result": result + on_other_machines(everywhere[~everywhere.index.isin(seeds.index)]),
+        "result": result_of_seeds(run, here) + on_other_machines(elsewhere),
         "seed": str(settings.seed),
-        "best": best_of(everywhere) + not_chosen(accuracy.mean() / 100, others),
+        "best": best_of(everywhere) + not_chosen(here["test_accuracy"].mean(), others),
         "measured": when_measured(parts, [one.history for one in runs.lineage(run)]),
         "skips": settings.skip_easy > 0,
         "altered": settings.trivial_augment > 0,
@@ -536,15 +527,7 @@ def pdf_content(run: runs.Run) -> dict:
         "flip": settings.flip,
         "residual": bool(settings.residual),
         "layers": layers_in_short(model.layer_table(settings.network())),
-        "hyperparameters": [
-            [IN_THE_PDF.get(name, name.replace("_", " ")), in_turn([part[name] for part in parts])]
-            for name in (
-                "widths", "branches", "kernel_size", "gate", "stem_filters", "epochs",
-                "first_sizes", "batch_size", "learning_rate", "momentum", "adam_learning_rate",
-                "label_smoothing", "translate", "cutout", "trivial_augment", "skip_easy",
-            )
-            if any(part[name] for part in parts)
-        ],
+        "hyperparameters": hyperparameters(parts),
         "statistics": settings.statistics,
         "half": run.metrics["hardware"].get("precision") == "bfloat16",
         "seeds": [
@@ -563,9 +546,38 @@ def pdf_content(run: runs.Run) -> dict:
         ],
         "choices": [
             [row[0], f"{row[1]:,}", str(row[2]), *row[3:5], f"{row[5]:.2%}"]
-            for row in choices.itertuples(index=False)
+            for row in runs.choices(run.metrics["dataset"]).itertuples(index=False)
         ],
     }  # fmt: skip
+
+
+def result_of_seeds(run: runs.Run, seeds: pd.DataFrame) -> str:
+    """The first sentences of the PDF: accuracy and minutes over the seeds on the run's own kind of
+    machine, and the interval over images of the run itself."""
+    spread = f"{len(seeds)} seeds (mean ± standard deviation)" if len(seeds) > 1 else "1 seed"
+    low, high = evaluation.interval(round(run.metrics["test_accuracy"] * TEST_IMAGES), TEST_IMAGES)
+    return (
+        f"{mean_and_deviation(100 * seeds['test_accuracy'], 2)} % of the test images are "
+        f"classified correctly after {mean_and_deviation(seeds['train_seconds'] / 60, 1)} minutes "
+        f"of training{machines(runs.lineage(run))}; "
+        f"n = {spread}, last epoch, no test-time augmentation. 95 % interval over images, for seed "
+        f"{run.metrics['seed']}: {100 * low:.2f} to {100 * high:.2f} %."
+    )
+
+
+def hyperparameters(parts: list[dict[str, Any]]) -> list[list[str]]:
+    """Name and value of each parameter that the PDF names and that the runs of a whole training,
+    which have these parameters, make use of."""
+    named = (
+        "widths", "branches", "kernel_size", "gate", "stem_filters", "epochs", "first_sizes",
+        "batch_size", "learning_rate", "momentum", "adam_learning_rate", "label_smoothing",
+        "translate", "cutout", "trivial_augment", "skip_easy",
+    )  # fmt: skip
+    return [
+        [IN_THE_PDF.get(name, name.replace("_", " ")), in_turn([part[name] for part in parts])]
+        for name in named
+        if any(part[name] for part in parts)
+    ]
 
 
 def machines(parts: list[runs.Run]) -> str:

@@ -642,9 +642,15 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"{place(path)} cannot be read ({type(error).__name__}).") from None
+        raise RunError(
+            f"{place(path)} cannot be read ({type(error).__name__}); restore it, or delete its "
+            "folder and make it again."
+        ) from None
     if not isinstance(content, dict):
-        raise RunError(f"{place(path)} cannot be read (no names and values in it).")
+        raise RunError(
+            f"{place(path)} cannot be read (no names and values in it); restore it, or delete its "
+            "folder and make it again."
+        )
     return content
 
 

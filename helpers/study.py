@@ -152,7 +152,7 @@ def planned() -> dict[str, dict[str, Any]]:
     return every | steps()
 
 
-def parameters_of(name: str) -> dict[str, Any]:
+def planned_parameters(name: str) -> dict[str, Any]:
     """All parameters of a planned run, checked."""
     given = report.read_preset("study") | planned()[name] | {"run": name}
     runs.settings_from(given)
@@ -175,7 +175,7 @@ def pace_of(like: runs.Run) -> float:
 
 def expected_seconds(name: str, pace: float) -> float:
     """The time of training a run, if a multiply-add takes `pace` seconds."""
-    settings = runs.Settings(**parameters_of(name))
+    settings = runs.Settings(**planned_parameters(name))
     images = settings.images_of(50_000)
     return pace * runs.work_of(settings, [images] * settings.epochs, "as evaluated")
 
@@ -192,7 +192,7 @@ def run_one(name: str) -> str:
     if not (runs.RUNS / name / "metrics.json").is_file():
         target = report.REPORT / "study" / f"{name}.ipynb"
         target.parent.mkdir(parents=True, exist_ok=True)
-        report.execute(report.TRAINING, target, parameters_of(name))
+        report.execute(report.TRAINING, target, planned_parameters(name))
     run = runs.read(name)
     runs.check_same_data(run, images)
     runs.write_json(run.folder / "study.json", what_weights_say(run, images))

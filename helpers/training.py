@@ -274,9 +274,18 @@ class Underway:
         epoch: the one that is being trained, counted from 1.
         losses: the last loss of each training image.
         importance: how much each image counts in this epoch; 0 for those that are left out.
+        drawn: the state of the generator with which the epoch's batches are drawn.
         batch: how many of its batches are done.
+        rows: of those batches, for `batches.csv`.
         loss_sum, right, weight, seen, seconds: of those batches, for the epoch's row.
+        pending: batches that were given to the device and are not read yet.
+        saved: when the last checkpoint was.
     """
+
+    POSITION = (
+        "epoch", "losses", "importance", "batch", "rows", "loss_sum", "right", "weight", "seen",
+        "seconds",
+    )  # fmt: skip
 
     def __init__(self, network: nn.Module, training: ImageSet, settings: Settings) -> None:
         self.network, self.settings = network, settings
@@ -289,7 +298,7 @@ class Underway:
             return train_batch(network, x, labels, weights, optimizers, smoothing, precision)
 
         on_gpu = self.device.type == "cuda"
-        self.step = Replayed(step, network, torch.cuda.Stream(self.device)) if on_gpu else step
+        self.step = Replayed(step, network, torch.cuda.Stream()) if on_gpu else step
         # Shuffling and augmentation draw from this generator and from no other.
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.augmentation = augmentation_of(settings, len(training), self.generator)
@@ -297,7 +306,7 @@ class Underway:
             training, settings.batch_size, self.augmentation, self.generator
         )
         self.losses = torch.zeros(len(training))
-        self.saved = time.perf_counter()  # when the last checkpoint was
+        self.saved = time.perf_counter()
         self.begin_epoch(1)
 
     def begin_epoch(self, epoch: int) -> None:
@@ -364,19 +373,6 @@ class Underway:
             if not math.isfinite(loss):
                 raise diverged(f"The loss is {loss}", self, rate)
         self.pending = []
-
-    POSITION = (
-        "epoch",
-        "losses",
-        "importance",
-        "batch",
-        "rows",
-        "loss_sum",
-        "right",
-        "weight",
-        "seen",
-        "seconds",
-    )
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go back to a `state()`."""

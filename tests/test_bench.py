@@ -22,7 +22,7 @@ def test_candidates_take_turns_and_the_slow_one_is_found() -> None:
         time.sleep(seconds)
 
     candidates = {"quick": lambda: wait("quick", 0.0), "slow": lambda: wait("slow", 0.01)}
-    seconds = bench.in_turn(candidates, rounds=3, repeats=2)
+    seconds = bench.one_after_another(candidates, rounds=3, repeats=2)
     assert seconds["slow"] >= 0.01 > seconds["quick"]
     turns = [name for name, before in zip(order, ["", *order]) if name != before]
     assert turns == ["quick", "slow"] * 3

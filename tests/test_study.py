@@ -59,7 +59,7 @@ def test_every_planned_run_is_of_a_network_that_can_be_made() -> None:
     like = runs.read("quick-seed0")
     pace = study.pace_of(like)
     for name, given in study.planned().items():
-        parameters = study.parameters_of(name)
+        parameters = study.planned_parameters(name)
         assert given.items() <= parameters.items() and parameters["run"] == name
         assert parameters["validation"] >= 1000, "the test set chooses nothing"
         assert 10 < study.expected_seconds(name, pace) < 7200
@@ -74,7 +74,7 @@ def test_wide_networks_of_one_branch_have_the_size_that_their_names_say(
     monkeypatch.setattr(model, "instructions", lambda: "AVX2")
 
     def size(variant: str) -> tuple[float, float]:
-        settings = runs.Settings(**study.parameters_of(study.run_name(variant, 0)))
+        settings = runs.Settings(**study.planned_parameters(study.run_name(variant, 0)))
         learned = sum(p.numel() for p in settings.network().parameters() if p.requires_grad)
         return learned, runs.work_of(settings, [1.0], "as evaluated")
 
