@@ -1079,7 +1079,10 @@ def benchmark_aims() -> pd.DataFrame:
     step with one branch (the quicker one, as built or as written), and by how much it grows with
     each branch more from one to four, and from four to eight.
     """
-    columns = ["block, ≥ 16×16", "block, 8×8", "step", "a branch more, to 4", "a branch more, to 8"]
+    columns = [
+        "block, ≥ 16×16", "block, 8×8", "step over quickest of L = 1", "a branch more, L = 1 to 4",
+        "a branch more, L = 4 to 8",
+    ]  # fmt: skip
     rows = {("aimed at", ""): ["≤ 1.5", "≤ 2.5", "≤ 1.5", "< 8%", "< 8%"]}
     for folder in [*benchmark_folders(), *benchmark_folders("cuda")]:
         steps = benchmark("steps", folder)
