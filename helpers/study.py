@@ -74,7 +74,7 @@ WORDS = {
     "two": "two branches",
     "eight": "eight branches",
     "one-same-parameters": "one branch, so wide that it has as many parameters",
-    "one-same-arithmetic": "one branch, so wide that it has as many multiply-adds in the forms for AVX2",
+    "one-same-arithmetic": "one branch, so wide that it has as many multiply-adds, with AVX2",
     "kernels-1-3": "two branches of 3×3 and two of 1×1",
 }
 # From the sheet's basic network to that of the preset full: a change a step. The next steps keep
