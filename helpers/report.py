@@ -666,7 +666,7 @@ def when_measured(parts: list[dict[str, Any]], histories: list[pd.DataFrame]) ->
         end = "at the end of each training"
     if every > 1 and all(known["training_accuracy"].notna().all() for known in histories):
         some = training.IMAGES_IN_BETWEEN
-        return f"images as they are, all {end} and {some:,} after every other epoch"
+        return f"images as they are, all {end} and {some:,} after the other epochs"
     return f"all images as they are, {end}"
 
 

@@ -164,6 +164,16 @@ def test_replaced_gates_change_the_copy_only(tiny_images: data.ImageData) -> Non
         evaluation.with_replaced_gates(network, a, "nothing")
 
 
+def test_gates_are_replaced_in_the_named_blocks_only(tiny_images: data.ImageData) -> None:
+    network = BlockNetwork([8, 8], branches=3)
+    for block in network.blocks:
+        nn.init.normal_(block.fc.weight)
+    a, x = evaluation.gates(network, tiny_images.test), data.normalise(tiny_images.test.images[:5])
+    first, second = evaluation.with_replaced_gates(network, a, "mean", among=[2]).blocks
+    torch.testing.assert_close(first.gate(x), network.blocks[0].gate(x))
+    torch.testing.assert_close(second.gate(x), a[1].mean(dim=0).expand(5, 3))
+
+
 def test_the_class_is_told_from_a_that_knows_it_and_not_from_noise() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(600) % 10

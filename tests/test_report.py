@@ -403,8 +403,7 @@ def test_the_pdf_says_when_training_images_were_measured(
         ([(1, 6)], "all images as they are, after each epoch"),
         (
             [(40, 40), (30, 30)],
-            "images as they are, all at the end of each training and 10,000 after every other "
-            "epoch",
+            "images as they are, all at the end of each training and 10,000 after the other epochs",
         ),
     ],
 )
