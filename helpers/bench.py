@@ -24,7 +24,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -242,8 +241,7 @@ def bench_steps() -> pd.DataFrame:
 
 def network_of_full() -> dict[str, Any]:
     """The network's parameters in the preset `full`."""
-    path = runs.ROOT / "notebooks" / "parameters" / "full.yaml"
-    full = yaml.safe_load(path.read_text(encoding="utf-8"))
+    full = runs.read_preset("full")
     return {name: full[name] for name in runs.NETWORK}
 
 

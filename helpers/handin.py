@@ -183,7 +183,7 @@ def starting_cells(chapters: list[NotebookNode], run: runs.Run) -> list[Notebook
 
 def undeclared() -> list[str]:
     """The lines of the parameters that only presets give, from that of the notebooks' defaults."""
-    preset = report.NOTEBOOKS / "parameters" / f"{runs.Settings().preset}.yaml"
+    preset = runs.PRESETS / f"{runs.Settings().preset}.yaml"
     lines = preset.read_text(encoding="utf-8").split("\n")
     return [line for line in lines if line.split(":")[0] in report.UNDECLARED]
 

@@ -26,7 +26,6 @@ import nbformat
 import pandas as pd
 import papermill
 import typst
-import yaml
 from jinja2 import DictLoader, pass_context
 from latex2mathml.converter import convert
 from nbclient.exceptions import DeadKernelError
@@ -48,8 +47,8 @@ SEQUENCE = (
 TRAINING = "03_training"
 # Parameters of a run that have no place in its full cell of parameters.
 UNDECLARED = {"measure_training_every", "start_from", "statistics", "trivial_augment"}
-# The preset whose run of seed 0 is the result: 04 and 05 analyse it, its weights are kept.
-BEST = "full"
+# Preset and seed of the run that is the result: 04 and 05 analyse it, its weights are kept.
+BEST, BEST_SEED = "full", 0
 TEST_IMAGES = 10_000  # of CIFAR-10, and of the stand-in
 
 
@@ -60,41 +59,6 @@ class ReportError(Exception):
 # ---- the sequence
 
 
-def presets() -> list[str]:
-    """The names of the parameter files."""
-    return sorted(path.stem for path in (NOTEBOOKS / "parameters").glob("*.yaml"))
-
-
-def read_preset(name: str) -> dict:
-    """The parameters of a preset, checked here once, before the first notebook has run for long.
-
-    Raises:
-        ReportError: there is no such preset, or a parameter in it cannot be used.
-    """
-    if name not in presets():
-        raise ReportError(f"There is no preset {name!r}; choose from {', '.join(presets())}.")
-    path = NOTEBOOKS / "parameters" / f"{name}.yaml"
-    try:
-        parameters = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f", line {where.line + 1}" if where else ""
-        raise ReportError(
-            f"{runs.place(path)} is no YAML{line}; write lines like epochs: 6."
-        ) from None
-    if not isinstance(parameters, dict):
-        raise ReportError(f"{runs.place(path)} holds no parameters; write lines like epochs: 6.")
-    try:
-        own_name = runs.settings_from(parameters).preset
-    except runs.ParameterError as error:
-        raise ReportError(f"{runs.place(path)} cannot be used: {error}") from None
-    if own_name != name:
-        raise ReportError(
-            f"{runs.place(path)} calls itself {own_name}; write preset: {name} in it."
-        )
-    return parameters
-
-
 def make_report(preset: str, seed: int) -> Path:
     """Execute the five notebooks with a preset and a seed, one run for all, and render them.
 
@@ -102,10 +66,11 @@ def make_report(preset: str, seed: int) -> Path:
         the page to begin with, `report/<preset>/index.html`.
 
     Raises:
-        ReportError: the preset is unknown, or a notebook stopped.
+        ParameterError: see `runs.read_preset`.
+        ReportError: a notebook stopped.
     """
     run = runs.free_name(f"{preset}-seed{seed}")
-    parameters = read_preset(preset) | {"seed": seed, "run": run}
+    parameters = runs.read_preset(preset) | {"seed": seed, "run": run}
     settings = runs.settings_from(parameters)
     folder = REPORT / preset
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +112,7 @@ def earlier_run(settings: runs.Settings, folder: Path) -> str:
         ReportError: that notebook stopped.
     """
     start = settings.start_from
-    if start not in presets():
+    if start not in runs.presets():
         return start
     stem = f"{start}-seed{settings.seed}"
     with contextlib.suppress(runs.RunError):
@@ -155,7 +120,7 @@ def earlier_run(settings: runs.Settings, folder: Path) -> str:
             return made
     run = runs.free_name(stem)
     print(f"It goes on from a run of the preset {start}, which is made first: {run}.", flush=True)
-    parameters = read_preset(start) | {"seed": settings.seed, "run": run}
+    parameters = runs.read_preset(start) | {"seed": settings.seed, "run": run}
     notebook, _ = execute(TRAINING, folder / f"{TRAINING}_{start}.ipynb", parameters)
     keep(notebook, run)
     return run
@@ -260,8 +225,8 @@ def own_run() -> str:
 
 
 def best_run() -> str:
-    """The name of the latest run of `BEST` with seed 0."""
-    return runs.latest(f"{BEST}-seed0")
+    """The name of the latest run of `BEST` with `BEST_SEED`."""
+    return runs.latest(f"{BEST}-seed{BEST_SEED}")
 
 
 def draw_plots(run: runs.Run, label: str) -> Path:
@@ -691,7 +656,7 @@ def in_short(value: object) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """See the module's first lines; ends with one sentence and status 1 if something stops it."""
     parser = argparse.ArgumentParser(prog="python -m helpers.report", description=__doc__)
-    parser.add_argument("--preset", help=f"one of {', '.join(presets())}; otherwise quick")
+    parser.add_argument("--preset", help=f"one of {', '.join(runs.presets())}; otherwise quick")
     parser.add_argument("--seed", type=int, help="otherwise 0")
     parser.add_argument("--publish", action="store_true", help="store outputs in notebooks/")
     numbers = [name[:2] for name in SEQUENCE]

@@ -26,6 +26,7 @@ from typing import IO, Any
 import pandas as pd
 import torch
 import torchvision
+import yaml
 from filelock import FileLock, Timeout
 from torch import nn
 
@@ -33,6 +34,7 @@ from helpers.data import IMAGE_SIZE, ROOT, ImageData, ImageSet, split
 from helpers.model import ACTIVATIONS, GATES, BlockNetwork, instructions, layer_table
 
 RUNS = ROOT / "notebooks" / "runs"
+PRESETS = ROOT / "notebooks" / "parameters"
 BENCHMARKS = ROOT / "notebooks" / "benchmarks"  # of `make bench`, a folder a kind of CPU
 VERSION = 2  # of the records; to be raised when an older program could misread a newer record
 # From which the means and variances of batch normalisation are, see `training.settle_statistics`.
@@ -273,6 +275,39 @@ def settings_from(given: dict[str, Any]) -> Settings:
     settings = Settings(**given)
     pick_precision(settings.precision, pick_device(settings.device))
     return settings
+
+
+def presets() -> list[str]:
+    """The names of the parameter files."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def read_preset(name: str) -> dict:
+    """The parameters of a preset, checked here once, before the first notebook has run for long.
+
+    Raises:
+        ParameterError: there is no such preset, or a parameter in it cannot be used.
+    """
+    if name not in presets():
+        raise ParameterError(f"There is no preset {name!r}; choose from {', '.join(presets())}.")
+    path = PRESETS / f"{name}.yaml"
+    try:
+        parameters = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise ParameterError(
+            f"{place(path)} is no YAML{line}; write lines like epochs: 6."
+        ) from None
+    if not isinstance(parameters, dict):
+        raise ParameterError(f"{place(path)} holds no parameters; write lines like epochs: 6.")
+    try:
+        own_name = settings_from(parameters).preset
+    except ParameterError as error:
+        raise ParameterError(f"{place(path)} cannot be used: {error}") from None
+    if own_name != name:
+        raise ParameterError(f"{place(path)} calls itself {own_name}; write preset: {name} in it.")
+    return parameters
 
 
 def injected_names(cells: list[str]) -> list[str]:

@@ -154,7 +154,7 @@ def planned() -> dict[str, dict[str, Any]]:
 
 def planned_parameters(name: str) -> dict[str, Any]:
     """All parameters of a planned run, checked."""
-    given = report.read_preset("study") | planned()[name] | {"run": name}
+    given = runs.read_preset("study") | planned()[name] | {"run": name}
     runs.settings_from(given)
     return given
 
@@ -451,7 +451,9 @@ def main(arguments: list[str] | None = None) -> None:
             for number, name in enumerate(todo, start=1):
                 print(f"{number} of {len(todo)}: {name}", flush=True)
                 run_one(name)
-    except (StudyError, report.ReportError, data.DataError, runs.RunError) as error:
+    except (
+        StudyError, report.ReportError, data.DataError, runs.ParameterError, runs.RunError,
+    ) as error:  # fmt: skip
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("Stopped from the keyboard; the same command goes on where it was.")

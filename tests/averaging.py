@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from helpers import data, evaluation, report, runs, training
+from helpers import data, evaluation, runs, training
 
 DECAYS = (0.9, 0.98, 0.995)  # of an average, a step; there are a hundred and eighty in an epoch
 SEEDS = (0, 1, 2)
@@ -57,7 +57,7 @@ def main() -> None:
     runs.keep_freed_memory()
     for seed in SEEDS:
         settings = runs.settings_from(
-            report.read_preset("quick") | {"seed": seed, "validation": 5000}
+            runs.read_preset("quick") | {"seed": seed, "validation": 5000}
         )
         _, held_out = runs.training_parts(images, settings)
         for name, network in train(images, settings).items():

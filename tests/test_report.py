@@ -39,6 +39,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(report, "NOTEBOOKS", notebooks)
     monkeypatch.setattr(report, "REPORT", tmp_path / "report")
     monkeypatch.setattr(runs, "RUNS", notebooks / "runs")
+    monkeypatch.setattr(runs, "PRESETS", notebooks / "parameters")
     return tmp_path
 
 
@@ -124,8 +125,8 @@ def test_a_run_to_go_on_from_is_made_first_unless_its_weights_are_here(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Preset `b` begins with the runs of preset `a`; of that one's seed 1 there are two."""
-    monkeypatch.setattr(report, "presets", lambda: ["a", "b"])
-    monkeypatch.setattr(report, "read_preset", lambda name: {"preset": name})
+    monkeypatch.setattr(runs, "presets", lambda: ["a", "b"])
+    monkeypatch.setattr(runs, "read_preset", lambda name: {"preset": name})
     executed = []
     monkeypatch.setattr(
         report, "execute", lambda *given: executed.append(given) or (nbformat.v4.new_notebook(), 1)

@@ -20,7 +20,7 @@ from helpers import data, evaluation, runs
 from helpers.evaluation import mean_and_deviation
 from helpers.runs import ParameterError, RunError, Settings
 
-PRESETS = sorted((data.ROOT / "notebooks" / "parameters").glob("*.yaml"))
+PRESETS = sorted(runs.PRESETS.glob("*.yaml"))
 # The runs whose weights are in the repository.
 IGNORED = (data.ROOT / ".gitignore").read_text(encoding="utf-8")
 KEPT = re.findall(r"^!/notebooks/runs/(.*)/weights.pt$", IGNORED, flags=re.MULTILINE)
@@ -189,7 +189,7 @@ def test_presets_are_complete_and_pass_the_checks() -> None:
         names = {field.name for field in dataclasses.fields(Settings)} - {"seed", "run"}
         assert set(values) == names, path.name
         assert settings.preset == path.stem
-    quick = yaml.safe_load((PRESETS[0].parent / "quick.yaml").read_text(encoding="utf-8"))
+    quick = yaml.safe_load((runs.PRESETS / "quick.yaml").read_text(encoding="utf-8"))
     assert Settings(**quick) == Settings()
 
 

@@ -41,7 +41,7 @@ def tiny_study(
     monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(report, "REPORT", tmp_path / "report")
     monkeypatch.setattr(report, "execute", execute)
-    monkeypatch.setattr(report, "read_preset", lambda name: dict(TINY))
+    monkeypatch.setattr(runs, "read_preset", lambda name: dict(TINY))
     monkeypatch.setattr(data, "load_data", lambda: tiny_images)
     monkeypatch.setattr(study, "announce", lambda todo: None)
     monkeypatch.setattr(study, "SEEDS", (0, 1))
