@@ -475,57 +475,75 @@ def batch_losses(batches: pd.DataFrame, restarts: Sequence[int] = ()) -> Figure:
 
 
 def _names_beside(axes: Axes, names: pd.Series, x: pd.Series, y: pd.Series) -> None:
-    """The names of points at the right of the axes, pushed apart, each with a line to its point.
+    """The names of points at the right of the axes, pushed apart, each with a line to its point, or
+    to all points that have this name.
 
     Where points are of one height, the left one's name is above, so that its line passes above the
     other.
     """
     low, high = axes.get_ylim()
-    order = pd.DataFrame({"y": y.round(1), "x": -x}).sort_values(["y", "x"]).index
+    named = names.drop_duplicates().index
+    order = pd.DataFrame({"y": y.round(1), "x": -x}).loc[named].sort_values(["y", "x"]).index
     heights, gaps = (y[order] - low) / (high - low), 0.047 * np.arange(len(order))
     places = isotonic_regression(heights - gaps).x + gaps  # the least pushing that parts them
     for number, place in zip(order, places):
-        axes.annotate(
-            names[number], (x[number], y[number]), (1.03, place), textcoords="axes fraction",
-            va="center", fontsize=DIAGRAM_TEXT,
-            arrowprops={
-                "arrowstyle": "-", "color": "0.75", "linewidth": 0.8, "shrinkB": 4,
-                "relpos": (0, 0.5),  # from the middle of the name's left side
-            },
-        )  # fmt: skip
+        for point in names.index[names == names[number]]:
+            axes.annotate(
+                names[number] if point == number else "", (x[point], y[point]), (1.03, place),
+                textcoords="axes fraction", va="center", fontsize=DIAGRAM_TEXT,
+                arrowprops={
+                    "arrowstyle": "-", "color": "0.75", "linewidth": 0.8, "shrinkB": 4,
+                    "relpos": (0, 0.5),  # from the middle of the name's left side
+                },
+            )  # fmt: skip
 
 
-# In `accuracy_by_cost`: a colour for each kind of machine, and what has a name in both panels.
-MACHINES = (COLOURS[4], COLOURS[9], COLOURS[2], COLOURS[5])
+# In `accuracy_by_cost`: the colours of the kinds of machine on record, those of others, and what
+# has a name in both panels.
+MACHINES = {
+    "CPU, AVX2, float32": COLOURS[4],
+    "CPU, AVX512, bfloat16": COLOURS[9],
+    "CPU, AMX, bfloat16": COLOURS[1],
+    "GPU, bfloat16": COLOURS[2],
+}
+OTHER_MACHINES = [COLOURS[number] for number in (5, 0, 3, 8)]
 NAMED_TWICE = ("full", "hour", "hour-avx2", "quick")
 
 
 @figure
-def accuracy_by_cost(compared: pd.DataFrame, published: tuple[float, float, float]) -> Figure:
+def accuracy_by_cost(
+    compared: pd.DataFrame, published: tuple[float, float, float] | None = None
+) -> Figure:
     """Test accuracy against minutes of training and against multiply-adds, on logarithmic axes.
 
     Args:
         compared: `runs.by_cost()`; bars are standard deviations over seeds.
-        published: accuracy, minutes and multiply-adds of the answer to compare with.
+        published: accuracy, minutes and multiply-adds of the answer to compare with, if any.
     """
+    others = itertools.cycle(OTHER_MACHINES)
+    colours = {kind: MACHINES.get(kind) or next(others) for kind in sorted(set(compared["kind"]))}
     wider = {"width_ratios": (1.15, 1)}
     drawn, panels = plt.subplots(1, 2, figsize=(1.6 * WIDTH, 6.8), sharey=True, gridspec_kw=wider)
-    for axes, column, other in zip(panels, ("minutes", "work"), published[1:]):
-        for (kind, own), colour in zip(compared.groupby("kind"), MACHINES):
+    for axes, column in zip(panels, ("minutes", "work")):
+        for kind, own in compared.groupby("kind"):
             axes.errorbar(
-                own[column], 100 * own["accuracy"], 100 * own["deviation"], fmt="o", color=colour,
-                capsize=3, label=f"this project, {kind}",
+                own[column], 100 * own["accuracy"], 100 * own["deviation"], fmt="o",
+                color=colours[kind], capsize=3, label=f"this project, {kind}",
             )  # fmt: skip
-        axes.plot(
-            other, 100 * published[0], "*", color=REFERENCE, markersize=12,
-            label="published answer, a GPU",
-        )  # fmt: skip
-        axes.axhline(100 * published[0], color=REFERENCE, linestyle="--", linewidth=1)
         axes.set_xscale("log")
         _large(axes)
-    panels[0].axvline(published[1], color=REFERENCE, linestyle="--", linewidth=1)
+    if published:
+        accuracy, *costs = published
+        for axes, cost in zip(panels, costs):
+            axes.plot(
+                cost, 100 * accuracy, "*", color=REFERENCE, markersize=12,
+                label="published answer, a GPU",
+            )  # fmt: skip
+            axes.axhline(100 * accuracy, color=REFERENCE, linestyle="--", linewidth=1)
+        panels[0].axvline(costs[0], color=REFERENCE, linestyle="--", linewidth=1)
     _names_beside(panels[0], compared["run"], compared["minutes"], 100 * compared["accuracy"])
-    for row in compared[compared["run"].isin(NAMED_TWICE)].itertuples():
+    lowest = compared.sort_values("accuracy").drop_duplicates("run")
+    for row in lowest[lowest["run"].isin(NAMED_TWICE)].itertuples():
         panels[1].annotate(
             row.run, (row.work, 100 * row.accuracy), (6, -10), textcoords="offset points",
             va="center", fontsize=DIAGRAM_TEXT,

@@ -113,7 +113,8 @@ def occlusion(
         precision: of the maps, see `evaluation.predict`.
 
     Returns:
-        losses, fractions of one, ⌈h/step⌉×⌈w/step⌉; below 0 where covering helps.
+        losses, fractions of one, a row for each centre from step // 2 to h − 1 and a column for
+        each to w − 1; below 0 where covering helps.
     """
     h, w = image.shape[1:]
     rows, columns = torch.meshgrid(

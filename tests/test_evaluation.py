@@ -73,13 +73,35 @@ def test_interval_by_hand() -> None:
     assert evaluation.interval(10, 10)[1] == pytest.approx(1)
 
 
+def test_an_interrupted_prediction_puts_the_mode_back(tiny_images: data.ImageData) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    network = BlockNetwork([8], classes=5).train()
+    assert evaluation.predict(network, tiny_images.test).shape[1] == 5 and network.training
+    network.output.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.predict(network, tiny_images.test)
+    assert network.training and network.blocks.training
+
+
 def test_paired_difference_by_hand() -> None:
     first = torch.tensor([True] * 60 + [False] * 40)
     second = torch.tensor([True] * 50 + [False] * 10 + [True] * 4 + [False] * 36)  # 10 and 4 differ
     more, low, high = evaluation.paired_difference(first, second)
-    half = 1.96 * math.sqrt((10 + 4) / 100 - 0.06**2) / 10
-    assert (more, low, high) == pytest.approx((0.06, 0.06 - half, 0.06 + half))
-    assert evaluation.paired_difference(first, first) == (0, 0, 0)
+    centre = (10.5 - 4.5) / 102
+    half = 1.96 * math.sqrt((10.5 + 4.5) / 102 - centre**2) / math.sqrt(102)
+    assert (more, low, high) == pytest.approx((0.06, centre - half, centre + half))
+
+
+def test_a_few_images_that_tell_two_networks_apart_prove_nothing() -> None:
+    first = torch.ones(2000, dtype=torch.bool)
+    second = first.clone()
+    second[:4] = False  # all one way; an exact test gives p = 0.125
+    more, low, high = evaluation.paired_difference(first, second)
+    assert more == 0.002 and low < 0 < high
+    more, low, high = evaluation.paired_difference(first, first)
+    assert more == 0 and low == -high < 0, "equal here is not certainly equal"
 
 
 def test_mean_and_deviation_of_runs() -> None:
@@ -172,6 +194,10 @@ def test_gates_are_replaced_in_the_named_blocks_only(tiny_images: data.ImageData
     first, second = evaluation.with_replaced_gates(network, a, "mean", among=[2]).blocks
     torch.testing.assert_close(first.gate(x), network.blocks[0].gate(x))
     torch.testing.assert_close(second.gate(x), a[1].mean(dim=0).expand(5, 3))
+    with pytest.raises(ValueError, match=r"among=\[3\] is not allowed; blocks are 1 to 2"):
+        evaluation.with_replaced_gates(network, a, "mean", among=[3])
+    with pytest.raises(ValueError, match="the weights of 1 blocks, and the network has 2"):
+        evaluation.with_replaced_gates(network, a[:1], "mean")
 
 
 def test_the_class_is_told_from_a_that_knows_it_and_not_from_noise() -> None:
@@ -191,3 +217,5 @@ def test_colour_explains_what_is_made_of_it(tiny_images: data.ImageData) -> None
     noise = torch.randn(len(images), 2, generator=torch.Generator().manual_seed(1))
     assert evaluation.explained_by_colour(noise, images) < 0.1
     assert math.isnan(evaluation.explained_by_colour(torch.full_like(noise, 0.5), images))
+    nearly_dead = torch.cat([made[:, :1], 1e-3 * noise], dim=1)  # these vary next to nothing
+    assert evaluation.explained_by_colour(nearly_dead, images) == pytest.approx(1, abs=0.01)

@@ -44,6 +44,8 @@ seen.pressed = buttons().findIndex(button => button.getAttribute("aria-pressed")
 seen.said = document.querySelector("#detail p").textContent;
 seen.probabilities = document.querySelectorAll("#probabilities tr").length;
 seen.gates = [...document.querySelectorAll("#gates tr")].map(row => row.textContent);
+seen.bars = [...document.querySelectorAll("#gates .bar")]
+  .map(bar => [parseFloat(bar.style.left), parseFloat(bar.style.width)]);
 seen.ticks = document.querySelectorAll("#gates .mean").length;
 seen.about = byId("about").textContent;
 seen.requests = performance.getEntriesByType("resource").map(entry => entry.name)
@@ -53,13 +55,18 @@ document.body.dataset.seen = JSON.stringify(seen);
 WATCH = "<head><script>const errors = []; window.onerror = said => errors.push(said);</script>"
 
 
-@pytest.fixture
+@pytest.fixture(params=["softmax", "linear"])
 def page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_images: data.ImageData
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_images: data.ImageData,
 ) -> tuple[Path, nn.Module]:
     """The page of an untrained network on tiny images, and that network."""
     monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
-    settings = runs.Settings(widths=[8, 8], branches=3, kernel_size=3, pool_after=[1], run="tiny")
+    settings = runs.Settings(
+        widths=[8, 8], branches=3, kernel_size=3, gate=request.param, pool_after=[1], run="tiny"
+    )
     network = settings.network()
     for block in network.blocks:
         nn.init.normal_(block.fc.weight)
@@ -153,3 +160,12 @@ def test_a_visit(page: tuple[Path, nn.Module], tmp_path: Path) -> None:
     assert len(seen["gates"]) == seen["ticks"] == 6  # two blocks of three branches
     assert seen["gates"][4] == f"B2 a2 (3×3){fifth['a'][1][1]:.3f}"
     assert "STAND-IN" in seen["about"]
+    assert f"{len(wrong)} of the {len(images)} images shown were drawn" in seen["about"]
+    weights = [weight for block in fifth["a"] for weight in block]
+    means = [weight for block in content["class_means"] for weight in block[fifth["label"]]]
+    low, high = min(0, *weights, *means), max(1, *weights, *means)
+    bars = [  # from zero to the right, or to the left of it
+        (100 * (min(0, weight) - low) / (high - low), 100 * abs(weight) / (high - low))
+        for weight in weights
+    ]
+    assert seen["bars"] == [pytest.approx(bar, abs=0.01) for bar in bars]

@@ -1,4 +1,4 @@
-"""Every figure of notebooks 03 and 04 is drawn from what the helpers give, with labelled axes."""
+"""Every figure of notebooks 03 to 05 is drawn from what the helpers give, with labelled axes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
-from helpers import data, evaluation, figures
+from helpers import data, evaluation, figures, runs
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS = 3 * torch.randn(200, 10, generator=GENERATOR)
@@ -68,11 +70,24 @@ def draw_all() -> dict[str, Figure]:
 def test_figures_are_labelled_and_legends_are_short() -> None:
     figures.use_style()
     for name, drawn in draw_all().items():
-        titles = [axes.get_xlabel() + axes.get_title() for axes in drawn.axes]
-        assert any(titles), name
         for axes in drawn.axes:
-            legend = axes.get_legend()
+            if axes.axison and not axes.images:  # pictures have no axes
+                assert any(is_named(own.xaxis) for own in together(axes, "x")), name
+                assert any(is_named(own.yaxis) for own in together(axes, "y")), name
+        for legend in [*drawn.legends, *(axes.get_legend() for axes in drawn.axes)]:
             assert legend is None or len(legend.get_texts()) <= 6, name
+
+
+def together(axes: Axes, which: str) -> list[Axes]:
+    """The axes with whom these share their x or y axis, and they themselves."""
+    return getattr(axes, f"get_shared_{which}_axes")().get_siblings(axes)
+
+
+def is_named(axis: Axis) -> bool:
+    """Whether an axis has a label, or names at its ticks, or no ticks to be told about."""
+    ticks = [tick.get_text() for tick in axis.get_ticklabels()]
+    names = any(text[:1].isalpha() or "×" in text for text in ticks)
+    return bool(axis.get_label_text()) or names or not any(ticks)
 
 
 def test_the_plots_of_the_sheet_show_every_batch_and_every_epoch() -> None:
@@ -123,3 +138,26 @@ def test_a_figure_that_cannot_be_saved_is_shown_all_the_same(
     assert figures.save(drawn, "loss", "stand-in") is drawn
     said = capsys.readouterr().out
     assert said.startswith("figures/stand-in/loss could not be written (Not a directory)")
+
+
+def test_one_name_on_several_kinds_of_machine_is_written_once_and_every_kind_is_drawn() -> None:
+    kinds = [f"CPU, {number}, float32" for number in range(10)]
+    rows = {
+        "run": "a", "accuracy": 0.9, "deviation": None, "minutes": range(1, 11), "work": 1e12,
+        "kind": kinds,
+    }  # fmt: skip
+    drawn = figures.accuracy_by_cost(pd.DataFrame(rows), (0.885, 57, 1e16))
+    beside = drawn.axes[0].texts
+    assert sorted(text.get_text() for text in beside) == [""] * 9 + ["a"]
+    assert len({text.xyann for text in beside}) == 1, "all lines lead to the name"
+    shown = {text.get_text() for text in drawn.legends[0].get_texts()}
+    assert shown > {f"this project, {kind}" for kind in kinds}
+    assert len(set(figures.MACHINES.values()) | set(figures.OTHER_MACHINES)) == 8
+    assert set(runs.by_cost()["kind"]) <= set(figures.MACHINES), "those on record have their own"
+
+
+def test_nothing_published_stands_beside_what_was_trained_on_the_stand_in() -> None:
+    drawn = figures.accuracy_by_cost(COMPARED)
+    assert not any(line.get_marker() == "*" for axes in drawn.axes for line in axes.lines)
+    assert "published answer, a GPU" not in [t.get_text() for t in drawn.legends[0].get_texts()]
+    figures.accuracy_by_cost(COMPARED.iloc[:0])  # what smoke leaves on record: nothing to compare

@@ -22,7 +22,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 import helpers
-from helpers import report, runs
+from helpers import evaluation, report, runs
 from helpers.data import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -225,6 +225,11 @@ def test_whole_report_without_data_and_network(
         html = (tiny_project / "report" / "smoke" / f"{name}.html").read_text(encoding="utf-8")
         assert report.STAND_IN in html, name
         assert "(stand-in data)</title>" in html, name
+    for name in report.SEQUENCE:
+        made = nbformat.read(tiny_project / "report" / "smoke" / f"{name}.ipynb", as_version=4)
+        outputs = [output for cell in code_cells(made) for output in cell.outputs]
+        said = "".join(text for output in outputs for text in report.texts(output))
+        assert f"{100 * evaluation.PUBLISHED:.2f}" not in said, "nothing stands beside the stand-in"
     run = tiny_project / "notebooks" / "runs" / "smoke-seed1"
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["dataset"] == "stand-in"
