@@ -504,7 +504,7 @@ MACHINES = {
     "CPU, AVX2, float32": COLOURS[4],
     "CPU, AVX512, bfloat16": COLOURS[9],
     "CPU, AMX, bfloat16": COLOURS[1],
-    "GPU, bfloat16": COLOURS[2],
+    "NVIDIA H100 80GB HBM3, bfloat16": COLOURS[2],
 }
 OTHER_MACHINES = [COLOURS[number] for number in (5, 0, 3, 8)]
 NAMED_TWICE = ("full", "hour", "hour-avx2", "quick")

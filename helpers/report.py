@@ -49,7 +49,7 @@ TRAINING = "03_training"
 UNDECLARED = {"measure_training_every", "start_from", "statistics", "trivial_augment"}
 # Preset and seed of the run that is the result: 04 and 05 analyse it, its weights are kept.
 BEST, BEST_SEED = "full", 0
-TEST_IMAGES = 10_000  # of CIFAR-10, and of the stand-in
+TRAINING_IMAGES, TEST_IMAGES = 50_000, 10_000  # of CIFAR-10, and of the stand-in
 
 
 class ReportError(Exception):
@@ -74,8 +74,6 @@ def make_report(preset: str, seed: int) -> Path:
     settings = runs.settings_from(parameters)
     folder = REPORT / preset
     folder.mkdir(parents=True, exist_ok=True)
-    for old in (*folder.glob("*.ipynb"), *folder.glob("*.html")):
-        old.unlink()
 
     print(
         f"Run {run} of the preset {preset}, into {runs.place(folder)}; first, the data.", flush=True
@@ -86,7 +84,7 @@ def make_report(preset: str, seed: int) -> Path:
     settings = runs.settings_from(parameters)
     training.earlier_network(settings, images)  # can it be had, if one is named?
     with runs.Record(settings, images):  # can it be written and, if it is there, continued?
-        pass
+        remove_pages(folder)
     durations = {}
     for name in SEQUENCE:
         target = folder / f"{name}.ipynb"
@@ -99,6 +97,13 @@ def make_report(preset: str, seed: int) -> Path:
     write_explorer(finished, images, folder / "explorer.html")
     make_pdf(finished, drawn, folder / "report.pdf")
     return index
+
+
+def remove_pages(folder: Path) -> None:
+    """Remove the pages of the report that was made there before, so that none is taken for new."""
+    for name in ("index", *SEQUENCE, "explorer"):
+        for ending in (".ipynb", ".html"):
+            (folder / f"{name}{ending}").unlink(missing_ok=True)
 
 
 def earlier_run(settings: runs.Settings, folder: Path) -> str:
@@ -428,8 +433,8 @@ def result(run: runs.Run) -> str:
     if metrics.get("test_accuracy_tta") is not None:
         accuracy += f" ({metrics['test_accuracy_tta']:.2%} with it)"
     return (
-        f"{accuracy}, after {duration(runs.training_seconds(run))} of training on "
-        f"{runs.machine_of(run)}; {metrics['parameters']:,} parameters."
+        f"{accuracy}, after {duration(runs.training_seconds(run))} of training"
+        f"{machines(runs.lineage(run))}; {metrics['parameters']:,} parameters."
     )
 
 
@@ -473,6 +478,7 @@ def pdf_content(run: runs.Run) -> dict:
     """Every number of the PDF as text, from the records."""
     settings, everywhere = runs.settings_of(run), runs.seeds_anywhere(run)
     parts = [runs.parameters_of(one) for one in runs.lineage(run)]
+    seen = settings.images_of(TRAINING_IMAGES)
     here = everywhere[everywhere["kind"] == runs.kind_of(run)]
     elsewhere = everywhere[~everywhere.index.isin(here.index)]
     made = runs.by_cost(run.metrics["dataset"])
@@ -481,10 +487,15 @@ def pdf_content(run: runs.Run) -> dict:
         "stand_in": "" if run.metrics["dataset"] == "cifar10" else STAND_IN,
         "result": result_of_seeds(run, here) + on_other_machines(elsewhere),
         "seed": str(settings.seed),
-        "best": best_of(everywhere) + not_chosen(here["test_accuracy"].mean(), others),
+        "best": best_of(everywhere) + not_chosen(run, here["test_accuracy"].mean(), others),
         "measured": when_measured(parts, [one.history for one in runs.lineage(run)]),
-        "skips": settings.skip_easy > 0,
-        "altered": settings.trivial_augment > 0,
+        **{
+            name: any(part[name] for part in parts)
+            for name in (
+                "skip_easy", "trivial_augment", "cutout", "translate", "first_sizes",
+                "label_smoothing",
+            )
+        },
         "restarted": len(parts) > 1,
         "activation": settings.activation,
         "gate": settings.gate,
@@ -494,6 +505,7 @@ def pdf_content(run: runs.Run) -> dict:
         "layers": layers_in_short(model.layer_table(settings.network())),
         "hyperparameters": hyperparameters(parts),
         "statistics": settings.statistics,
+        "images_for_statistics": f"{min(training.IMAGES_FOR_STATISTICS, seen):,}",
         "half": run.metrics["hardware"].get("precision") == "bfloat16",
         "seeds": [
             [
@@ -583,7 +595,7 @@ def on_other_machines(seeds: pd.DataFrame) -> str:
     for _, own in seeds.groupby("kind", sort=False):
         accuracy = mean_and_deviation(100 * own["test_accuracy"], 2)
         minutes = mean_and_deviation(own["train_seconds"] / 60, 1)
-        named = dict.fromkeys(runs.machine_of(runs.read(name)) for name in own["run"])
+        named = dict.fromkeys(runs.machines_of(runs.read(name)) for name in own["run"])
         said += (
             f" The same parameters on {' and '.join(named)}: {accuracy} % after {minutes} "
             f"minutes, n = {len(own)}."
@@ -602,10 +614,10 @@ def best_of(seeds: pd.DataFrame) -> str:
     )
 
 
-def not_chosen(accuracy: float, made: pd.DataFrame) -> str:
+def not_chosen(run: runs.Run, accuracy: float, made: pd.DataFrame) -> str:
     """A sentence on trainings that ended higher than the result, if there are any."""
     higher = made.loc[made["accuracy"] > accuracy, "run"]
-    if higher.empty:
+    if run.config["preset"] != BEST or higher.empty:  # only `BEST` was made the result
         return ""
     was = "was" if len(higher) == 1 else "were"
     return (

@@ -535,12 +535,12 @@ class Record:
                     self.begun_on = state.get("begun_on", [])
                     return state["training"]
                 fault = f"belongs to a run {begun['run']} of other parameters or another version"
-            except (OSError, MemoryError) as error:  # nothing may be wrong with it: it stays
-                raise RunError(
-                    f"{place(path)} cannot be read now ({type(error).__name__}); start the run "
-                    "again when the machine can."
-                ) from None
             except Exception as error:  # whatever a damaged file leads to
+                if out_of_reach(error):  # nothing may be wrong with it: it stays
+                    raise RunError(
+                        f"{place(path)} cannot be read now ({type(error).__name__}); start the run "
+                        "again when the machine can."
+                    ) from None
                 fault = f"cannot be read ({type(error).__name__})"
             self.say(f"{place(path)} {fault}: it is not used.")
             with contextlib.suppress(OSError):
@@ -629,6 +629,12 @@ def place(path: Path) -> str:
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.as_posix()
 
 
+def out_of_reach(error: Exception) -> bool:
+    """Whether a file that could not be read may be whole: the disk or the memory failed. (Where
+    there is no memory PyTorch raises a RuntimeError.)"""
+    return isinstance(error, (OSError, MemoryError)) or "allocate memory" in str(error)
+
+
 def sync(file: IO) -> None:
     """Have the system put a file on the disk before anything is done that relies on it."""
     file.flush()
@@ -698,16 +704,18 @@ def free_name(stem: str) -> str:
 
 
 def latest(stem: str) -> str:
-    """The name of the latest finished run among `stem`, `stem-2` …; of an unfinished one, if any.
+    """The name of that run among `stem`, `stem-2` … which was finished last; if none is finished,
+    of an unfinished one, if any.
 
     Raises:
         RunError: there is none.
     """
     named = re.compile(re.escape(stem) + r"(-(\d+))?")
     finished = {}
-    for metrics in RUNS.glob("*/metrics.json"):
-        if match := named.fullmatch(metrics.parent.name):
-            finished[int(match[2] or 1)] = metrics.parent.name
+    for path in RUNS.glob("*/metrics.json"):
+        if match := named.fullmatch(path.parent.name):
+            when = read_json(path).get("finished", "")
+            finished[path.parent.name] = when, int(match[2] or 1)
     if not finished and (RUNS / stem).is_dir():
         return stem  # `read` says why it cannot be used
     if not finished:
@@ -715,7 +723,7 @@ def latest(stem: str) -> str:
             f"There is no finished run {stem}; make it with notebook 03, or name another with the "
             f"parameter run (there are: {', '.join(names()) or 'none'})."
         )
-    return finished[max(finished)]
+    return max(finished, key=finished.get)
 
 
 def names() -> list[str]:
@@ -921,7 +929,15 @@ def lineage(run: Run) -> list[Run]:
         RunError: one of them is not on record.
     """
     before = run.config.get("start_from")
-    return [*(lineage(read_start(before, run.config["seed"])) if before else []), run]
+    if not before:
+        return [run]
+    try:
+        return [*lineage(read_start(before, run.config["seed"])), run]
+    except RunError as error:
+        raise RunError(
+            f"Run {run.name} went on from another, which cannot be read; restore that one, or "
+            f"delete {place(run.folder)}. ({error})"
+        ) from None
 
 
 def read_start(name: str, seed: int) -> Run:
@@ -974,13 +990,17 @@ def training_seconds(run: Run) -> float:
 
 
 def kind_of(run: Run) -> str:
-    """What a run calculated with, such as CPU, AVX2, float32: only within a kind do times compare,
-    and for the bits not even there."""
+    """What a run calculated with, such as CPU, AVX2, float32, for two threads, or that and their
+    number; or the GPU. Only within a kind do times compare, and even there only roughly; and for
+    the bits not even there."""
 
     def kind(hardware: dict[str, Any]) -> str:
-        of_cpu = f"CPU, {hardware.get('instructions', 'unknown')}"
-        device = "GPU" if hardware["device"] == "cuda" else of_cpu
-        return f"{device}, {hardware.get('precision', 'float32')}"
+        numbers = hardware.get("precision", "float32")
+        if hardware["device"] == "cuda":
+            return f"{hardware['gpu']}, {numbers}"
+        threads = hardware["threads"]
+        more = "" if threads == 2 else f", {threads} thread{'s' * (threads > 1)}"
+        return f"CPU, {hardware.get('instructions', 'unknown')}, {numbers}{more}"
 
     return ", then ".join(dict.fromkeys(map(kind, hardware_of(run))))
 
@@ -994,6 +1014,11 @@ def machine_of(run: Run) -> str:
         return hardware.get("gpu", ", ".join([cores, *details]) + ")")
 
     return ", then ".join(dict.fromkeys(map(machine, hardware_of(run))))
+
+
+def machines_of(run: Run) -> str:
+    """What a whole training was made on, in words."""
+    return ", then ".join(dict.fromkeys(map(machine_of, lineage(run))))
 
 
 def hardware_of(run: Run) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ HISTORY = pd.DataFrame(
 )
 COMPARED = pd.DataFrame(
     {"run": ["a", "b"], "accuracy": [0.88, 0.9], "deviation": [None, 0.01], "minutes": [8, 10],
-     "work": [1e12, 2e12], "kind": ["CPU, AVX2, float32", "GPU, bfloat16"]}
+     "work": [1e12, 2e12], "kind": ["CPU, AVX2, float32", "NVIDIA H100 80GB HBM3, bfloat16"]}
 )  # fmt: skip
 
 

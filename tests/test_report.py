@@ -96,6 +96,20 @@ def test_a_wrong_seed_is_told_before_anything_is_removed(project: Path) -> None:
     assert page.exists()
 
 
+def test_a_report_that_is_being_made_keeps_its_pages(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_dataset("cifar10", monkeypatch)
+    (project / "report" / "small").mkdir(parents=True)
+    page = project / "report" / "small" / "01_data_exploration.html"
+    page.touch()
+    settings = runs.settings_from(runs.read_preset("small") | {"run": "small-seed0"})
+    stopped = pytest.raises(SystemExit, match="small-seed0 is under way in another process")
+    with runs.Record(settings, data.load_data()), stopped:
+        report.main(["--preset", "small"])
+    assert page.exists()
+
+
 def test_only_needs_publish(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         report.main(["--only", "01"])
@@ -133,7 +147,7 @@ def test_a_run_to_go_on_from_is_made_first_unless_its_weights_are_here(
     )
     for name in ("a-seed0", "a-seed1", "a-seed1-2"):
         (runs.RUNS / name).mkdir(parents=True)
-        (runs.RUNS / name / "metrics.json").touch()
+        (runs.RUNS / name / "metrics.json").write_text("{}")
     (runs.RUNS / "a-seed1-2" / "weights.pt").touch()
     (runs.RUNS / "a-seed0-2").mkdir()  # under way
 
@@ -418,8 +432,11 @@ def test_the_pdf_says_how_many_training_images_were_measured(
 
 def test_trainings_that_ended_higher_than_the_result_are_named() -> None:
     made = pd.DataFrame({"run": ["low", "mine", "high"], "accuracy": [0.8, 0.9, 0.91]})
-    assert report.not_chosen(0.91, made) == ""
-    assert report.not_chosen(0.9, made).startswith(" high, in the history below, ended higher")
+    best, other = (runs.read(f"{name}-seed0") for name in (report.BEST, "quick"))
+    assert report.not_chosen(best, 0.91, made) == ""
+    said = report.not_chosen(best, 0.9, made)
+    assert said.startswith(" high, in the history below, ended higher")
+    assert report.not_chosen(other, 0.9, made) == "", "nobody chose that one"
 
 
 def test_pdf_without_figures_is_refused_by_name(tmp_path: Path) -> None:

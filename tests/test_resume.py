@@ -284,6 +284,21 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(
     assert_same_run(ours, undisturbed)
 
 
+def test_checkpoints_for_which_there_is_no_memory_stay(
+    tiny_images: data.ImageData, undisturbed: tuple, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 GB")
+
+    stop_after(4, monkeypatch, tiny_images)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", fail)
+        with pytest.raises(RunError, match=r"checkpoint\.pt cannot be read now .*start the run"):
+            run_to_the_end(tiny_images)
+    assert (folder / "checkpoint.pt").is_file() and (folder / "checkpoint-before.pt").is_file()
+    assert_same_run(run_to_the_end(tiny_images), undisturbed)
+
+
 class Malice:
     """Writes a file when it is unpickled."""
 

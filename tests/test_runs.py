@@ -289,6 +289,16 @@ def test_two_runs_never_share_a_name(folder: Path, tiny_images: data.ImageData) 
     assert runs.latest("quick-seed0") == "quick-seed0-2"
     with pytest.raises(RunError, match="quick-seed0-2 is there already"):
         runs.Record(small("quick-seed0-2"), tiny_images).__enter__()
+    for name, day in (("quick-seed0", 2), ("quick-seed0-2", 1)):  # the first name was free again
+        runs.write_json(folder / name / "metrics.json", {"finished": f"2026-01-0{day}"})
+    assert runs.latest("quick-seed0") == "quick-seed0"
+
+
+def test_a_run_whose_beginning_is_gone_says_so(folder: Path, tiny_images: data.ImageData) -> None:
+    run = write_run(small("mine"), tiny_images)
+    run.config["start_from"] = "gone"
+    with pytest.raises(RunError, match=r"mine went on from another.*delete .*mine.*run gone"):
+        runs.lineage(run)
 
 
 def test_latest_does_not_take_another_seeds_run(folder: Path, tiny_images: data.ImageData) -> None:
@@ -392,12 +402,13 @@ def test_accuracy_and_cost_of_everything_that_was_trained(
 ) -> None:
     rows = {
         "run-seed0": (0, 0.5, "cpu"), "run-seed1": (1, 0.7, "cpu"), "other-seed0": (0, 0.4, "cpu"),
-        "run-there-seed0": (0, 0.9, "cuda"),
+        "run-there-seed0": (0, 0.9, "cuda"), "run-seed2": (2, 0.1, "wide"),
     }  # fmt: skip
     hardware = {
-        "cpu": {"device": "cpu", "instructions": "AVX2"},  # as before there was a choice
-        "cuda": {"device": "cuda", "instructions": "AVX512", "precision": "bfloat16"},
+        "cpu": {"device": "cpu", "threads": 2, "instructions": "AVX2"},  # before there was a choice
+        "cuda": {"device": "cuda", "gpu": "A GPU", "threads": 9, "precision": "bfloat16"},
     }
+    hardware["wide"] = hardware["cpu"] | {"threads": 16}
     for name, (seed, accuracy, device) in rows.items():
         widths = [2] if name.startswith("other") else [3]
         settings = Settings(
@@ -415,8 +426,11 @@ def test_accuracy_and_cost_of_everything_that_was_trained(
             record.finish(settings.network(), metrics)
     assert runs.by_cost("data without a run").empty
     table = runs.by_cost(tiny_images.name).set_index("kind")
-    there = table.loc["GPU, bfloat16", ["run", "n", "accuracy"]]
-    assert there.tolist() == ["run-there", 1, 0.9]
+    for kind, expected in {
+        "A GPU, bfloat16": ["run-there", 1, 0.9],
+        "CPU, AVX2, float32, 16 threads": ["run", 1, 0.1],  # whose minutes are no others'
+    }.items():
+        assert table.loc[kind, ["run", "n", "accuracy"]].tolist() == expected
     table = table.loc["CPU, AVX2, float32"].set_index("run")
     assert list(table.index) == ["other", "run"] and list(table["n"]) == [1, 2]
     assert table.loc["run", "accuracy"] == pytest.approx(0.6)
@@ -432,7 +446,7 @@ def test_a_record_from_before_there_was_a_parameter_is_of_its_default(
 ) -> None:
     old, new = (write_run(small(name), tiny_images) for name in ("old", "new"))
     for run in (old, new):
-        run.metrics["hardware"] = {"device": "cpu"}
+        run.metrics["hardware"] = {"device": "cpu", "threads": 2}
     del old.config["start_from"], old.config["trivial_augment"], old.config["skip_easy"]
     assert runs.what_counts(old) == runs.what_counts(new)
     assert runs.differences(old, new) == runs.differences(new, old) == "–"
@@ -520,7 +534,7 @@ def test_the_same_parameters_on_another_machine_are_found() -> None:
         everywhere = runs.seeds_anywhere(here)
         kinds = everywhere["kind"].tolist()
         assert kinds[:own] == [runs.kind_of(here)] * own
-        assert set(kinds[own:]) == {"GPU, bfloat16"}
+        assert set(kinds[own:]) == {"NVIDIA H100 80GB HBM3, bfloat16"}
         assert everywhere["run"].tolist()[own:] == sorted(
             run for run in runs.names() if run.startswith(f"{name}-gpu-seed")
         )
