@@ -393,8 +393,7 @@ def peak(L: int, form: str) -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     step()
     # What getrusage says would include that of the process which started this one.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+    return int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text(encoding="utf-8"))[1]) / 1024
 
 
 def bench_memory() -> pd.DataFrame:
@@ -413,23 +412,41 @@ MEASUREMENTS: dict[str, Callable[[], pd.DataFrame]] = {
     "blocks": bench_blocks, "steps": bench_steps, "full": bench_full, "profile": bench_profile,
     "profile_full": bench_profile_full, "tried": bench_tried, "memory": bench_memory,
 }  # fmt: skip
+STATUS = Path("/proc/self/status")  # where Linux says how much memory a process has had
 ONLY = {"tried": "cpu", "full": "cpu", "profile_full": "cuda"}  # what is not measured elsewhere
 
 
-def main() -> None:
+def another_machine(folder: Path, machine: dict[str, Any]) -> str:
+    """The machine that the tables of a folder are of, if it is not this one."""
+    if not (folder / "machine.json").is_file():
+        return "no machine yet"
+    there, here = (runs.read_json(folder / "machine.json")["hardware"], machine["hardware"])
+    same = all(there.get(key) == here.get(key) for key in ("processor", "threads", "gpu"))
+    return "" if same else runs.benchmark_machine(folder)
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure what blocks and training steps cost.")
     parser.add_argument("tables", nargs="*", help=f"of {', '.join(MEASUREMENTS)}; default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    given = parser.parse_args()
-    tables = given.tables or [t for t in MEASUREMENTS if ONLY.get(t, given.device) == given.device]
-    if unknown := set(tables) - set(MEASUREMENTS):
-        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(MEASUREMENTS)}")
-    torch.set_default_device(runs.pick_device(given.device))
+    given = parser.parse_args(arguments)
+    known = [t for t in MEASUREMENTS if ONLY.get(t, given.device) == given.device]
+    if given.device == "cpu" and not STATUS.is_file():
+        known.remove("memory")
+    tables = given.tables or known
+    if unknown := set(tables) - set(known):
+        parser.error(f"{', '.join(unknown)} not measured here; what is: {', '.join(known)}")
+    try:
+        torch.set_default_device(runs.pick_device(given.device))
+    except runs.ParameterError as error:
+        parser.error(str(error))
     torch.manual_seed(0)
     runs.keep_freed_memory()
     machine = runs.surroundings(device(), "auto")
     on_gpu = device().type == "cuda"
     folder = runs.BENCHMARKS / ("GPU" if on_gpu else machine["hardware"]["instructions"])
+    if given.tables and (other := another_machine(folder, machine)):
+        parser.error(f"{runs.place(folder)} is of {other}; measure all tables here, not some")
     folder.mkdir(parents=True, exist_ok=True)
     for name in tables:
         MEASUREMENTS[name]().to_csv(folder / f"{name}.csv", index=False, float_format="%.4g")

@@ -18,6 +18,7 @@ import pprint
 import re
 import sys
 import zipfile
+from typing import IO
 
 import nbformat
 from nbformat import NotebookNode
@@ -97,8 +98,18 @@ def executed_training(run: runs.Run) -> NotebookNode:
 
 
 def with_outputs_of_run(stored: NotebookNode, run: runs.Run) -> NotebookNode:
-    """The training notebook with the outputs of a run; the code that it shows stays today's."""
+    """The training notebook with the outputs of a run; the code that it shows stays today's.
+
+    Raises:
+        HandinError: the run was made with a notebook of other cells.
+    """
     executed = executed_training(run)
+    kinds, of_run = ([cell.cell_type for cell in one.cells] for one in (stored, executed))
+    if kinds != of_run:
+        raise HandinError(
+            f"Notebook 03 has other cells than when it made {run.name}, so that the outputs of "
+            "then have no place; make the run again."
+        )
     for cell, done in zip(stored.cells, executed.cells, strict=True):
         if cell.cell_type == "code" and "getsource" not in cell.source:
             cell.outputs, cell.execution_count = done.outputs, done.execution_count
@@ -282,10 +293,14 @@ def write() -> str:
     if not pdf.is_file():
         raise HandinError("notebooks/report.pdf is missing; run `make publish ONLY=04` first.")
     target.parent.mkdir(exist_ok=True)
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
-        notebook = make_notebook(make_chapters(run), run)
-        archive.writestr(f"{FOLDER}/report.ipynb", nbformat.writes(notebook))
-        archive.write(pdf, f"{FOLDER}/report.pdf")
+    notebook = nbformat.writes(make_notebook(make_chapters(run), run))
+
+    def write_archive(file: IO) -> None:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(f"{FOLDER}/report.ipynb", notebook)
+            archive.write(pdf, f"{FOLDER}/report.pdf")
+
+    runs.write_aside(target, write_archive)
     return runs.place(target)
 
 
@@ -294,6 +309,8 @@ def main() -> None:
         print(f"{write()} is ready to be handed in.")
     except (HandinError, report.ReportError, data.DataError, runs.RunError) as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("Stopped from the keyboard; what was handed in before is as it was.")
 
 
 if __name__ == "__main__":

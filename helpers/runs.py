@@ -36,6 +36,7 @@ from helpers.model import ACTIVATIONS, GATES, BlockNetwork, instructions, layer_
 RUNS = ROOT / "notebooks" / "runs"
 PRESETS = ROOT / "notebooks" / "parameters"
 BENCHMARKS = ROOT / "notebooks" / "benchmarks"  # of `make bench`, a folder a kind of CPU
+CPU_TABLES = ("blocks", "steps", "full", "profile", "tried", "memory")  # in each of them
 VERSION = 2  # of the records; to be raised when an older program could misread a newer record
 # From which the means and variances of batch normalisation are, see `training.settle_statistics`.
 STATISTICS = ("clean images", "augmented images", "running")
@@ -1122,12 +1123,30 @@ def work_of(settings: Settings, images: list[float], how: str = "as written") ->
 
 
 def benchmark(table: str, folder: Path | None = None) -> pd.DataFrame:
-    """A table that `make bench` has measured: blocks, steps, full, profile, tried or memory.
+    """A table that `make bench` has measured, see `CPU_TABLES`.
 
     Args:
         folder: of the kind of machine; None for the CPU measured last.
+
+    Raises:
+        RunError: there is no such table.
     """
-    return pd.read_csv((folder or benchmark_folders()[-1]) / f"{table}.csv")
+    path = (folder or latest_benchmark()) / f"{table}.csv"
+    if not path.is_file():
+        raise RunError(f"{place(path)} is missing; `make bench` measures it.")
+    return pd.read_csv(path)
+
+
+def latest_benchmark() -> Path:
+    """The folder of the CPU that was measured last, of those of which all tables are there.
+
+    Raises:
+        RunError: there is none.
+    """
+    for folder in reversed(benchmark_folders()):
+        if all((folder / f"{table}.csv").is_file() for table in CPU_TABLES):
+            return folder
+    raise RunError(f"There is no whole benchmark in {place(BENCHMARKS)}; `make bench` makes one.")
 
 
 def benchmark_aims() -> pd.DataFrame:
@@ -1181,6 +1200,6 @@ def benchmark_folders(device: str = "cpu") -> list[Path]:
 
 def benchmark_machine(folder: Path | None = None) -> str:
     """The machine of a folder, or the CPU that was measured last, in a few words."""
-    hardware = read_json((folder or benchmark_folders()[-1]) / "machine.json")["hardware"]
+    hardware = read_json((folder or latest_benchmark()) / "machine.json")["hardware"]
     cpu = f"{hardware['processor']}, {hardware['threads']} threads, {hardware['instructions']}"
     return hardware.get("gpu", cpu)

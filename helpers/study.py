@@ -181,11 +181,14 @@ def expected_seconds(name: str, pace: float) -> float:
 
 
 def run_one(name: str) -> str:
-    """Train one run with notebook 03, measure what its weights say, and keep the record alone.
+    """Train one run with notebook 03, measure what its weights say, and keep the record alone;
+    nothing, if that is done already, perhaps by a worker beside this one.
 
     Returns:
         its name.
     """
+    if (runs.RUNS / name / "study.json").is_file():
+        return name
     images = data.load_data()
     if images.name != "cifar10":
         raise StudyError("CIFAR-10 is not here, and what learns from the stand-in says nothing.")

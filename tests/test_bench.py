@@ -107,6 +107,51 @@ def test_the_aims_are_held_against_what_was_measured(
     assert aims.iloc[1].tolist() == ["1.3 to 1.5", "2.0 to 2.0", "2.0", "26%", "0%"]
 
 
+def test_a_benchmark_that_is_not_whole_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "BENCHMARKS", tmp_path)
+    with pytest.raises(runs.RunError, match=r"no whole benchmark in .*`make bench` makes one"):
+        runs.latest_benchmark()
+    for name, day in (("AVX2", 1), ("AVX512", 2)):
+        (tmp_path / name).mkdir()
+        for table in runs.CPU_TABLES:
+            (tmp_path / name / f"{table}.csv").write_text("a\n1\n")
+        machine = {"finished": f"2026-01-0{day}", "hardware": {"device": "cpu"}}
+        runs.write_json(tmp_path / name / "machine.json", machine)
+    assert runs.latest_benchmark().name == "AVX512"
+    (tmp_path / "AVX512" / "full.csv").unlink()
+    assert runs.latest_benchmark().name == "AVX2"
+    with pytest.raises(runs.RunError, match=r"AVX512/full\.csv is missing"):
+        runs.benchmark("full", tmp_path / "AVX512")
+    assert set(runs.CPU_TABLES) == set(bench.MEASUREMENTS) - {"profile_full"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["tried", "--device", "cuda"], "tried not measured here; what is: blocks, steps"),
+        (["bloks"], "bloks not measured here"),
+        (["steps"], "of no machine yet; measure all tables here, not some"),
+        pytest.param(
+            ["--device", "cuda"], "device = 'cuda'",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here"),
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_refused_by_name(
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(runs, "BENCHMARKS", tmp_path)
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_the_machine_is_named() -> None:
     assert re.search(r"\d+ threads", runs.benchmark_machine())
 

@@ -88,6 +88,13 @@ def test_a_record_without_its_notebook_is_named(tmp_path: Path, best: runs.Run) 
         handin.with_outputs_of_run(stored(report.TRAINING), bare)
 
 
+def test_outputs_never_come_to_the_wrong_cells(best: runs.Run) -> None:
+    notebook = stored(report.TRAINING)
+    del notebook.cells[5]
+    with pytest.raises(handin.HandinError, match=f"has other cells than when it made {best.name}"):
+        handin.with_outputs_of_run(notebook, best)
+
+
 def test_every_module_that_is_used_is_written_before() -> None:
     known: set[str] = set()
     for name in handin.MODULES:

@@ -140,6 +140,14 @@ def test_the_ladder_keeps_every_change_that_helped(tiny_study: list[str]) -> Non
     assert (settings.gate, settings.flip, settings.widths) == ("linear", True, [8, 8])
 
 
+def test_what_another_worker_has_done_is_left_alone(tiny_study: list[str]) -> None:
+    study.run_one("study-softmax-seed0")
+    record = runs.RUNS / "study-softmax-seed0" / "study.json"
+    before = record.read_bytes()
+    assert study.run_one("study-softmax-seed0") == "study-softmax-seed0"
+    assert record.read_bytes() == before and len(tiny_study) == 1
+
+
 def test_a_cluster_runs_what_is_missing(
     tiny_study: list[str], capsys: pytest.CaptureFixture
 ) -> None:
