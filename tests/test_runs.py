@@ -529,15 +529,14 @@ def test_choices_are_compared_with_the_base_of_their_family(
 
 def test_the_same_parameters_on_another_machine_are_found() -> None:
     """Whatever the preset was called when the run was made, and whatever it went on from."""
-    for name, own in (("full", 1), ("hour", 1), ("quick", 3)):
+    for name, own, elsewhere in (("full", 1, ["full-seed1"]), ("hour", 1, []), ("quick", 3, [])):
         here = runs.read(f"{name}-seed0")
         everywhere = runs.seeds_anywhere(here)
         kinds = everywhere["kind"].tolist()
-        assert kinds[:own] == [runs.kind_of(here)] * own
-        assert set(kinds[own:]) == {"NVIDIA H100 80GB HBM3, bfloat16"}
-        assert everywhere["run"].tolist()[own:] == sorted(
-            run for run in runs.names() if run.startswith(f"{name}-gpu-seed")
-        )
+        assert kinds[:own] == [runs.kind_of(here)] * own and runs.kind_of(here) not in kinds[own:]
+        on_gpu = sorted(run for run in runs.names() if run.startswith(f"{name}-gpu-seed"))
+        assert everywhere["run"].tolist()[own:] == [*on_gpu, *elsewhere]
+        assert set(kinds[own : own + len(on_gpu)]) == {"NVIDIA H100 80GB HBM3, bfloat16"}
     alone = runs.seeds_anywhere(runs.read("nine-blocks-seed0"))
     assert alone["run"].tolist() == ["nine-blocks-seed0"]
 
@@ -548,8 +547,8 @@ def test_the_readme_states_what_the_records_say() -> None:
     made = runs.by_cost()
     assert re.findall(r"\| `([\w-]+)` \| \d", readme) == made["run"].tolist()
     for row in made.itertuples():
-        first = next(name for name in runs.names() if name.startswith(f"{row.run}-seed"))
-        alike = runs.seeds_of(runs.read(first))
+        own = [run for run in runs.finished() if run.name.startswith(f"{row.run}-seed")]
+        alike = runs.seeds_of(next(run for run in own if runs.kind_of(run) == row.kind))
         accuracy = mean_and_deviation(100 * alike["test_accuracy"], 2)
         minutes = mean_and_deviation(alike["train_seconds"] / 60, 1)
         assert f"| `{row.run}` | {row.n} | {accuracy} | {minutes} |" in readme, row.run
