@@ -16,9 +16,11 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,16 +153,17 @@ def execute(name: str, target: Path, parameters: dict) -> tuple[NotebookNode, fl
         declared |= UNDECLARED
     started, failure = time.perf_counter(), None
     try:
-        papermill.execute_notebook(
-            source,
-            target,
-            {key: value for key, value in parameters.items() if key in declared},
-            cwd=NOTEBOOKS,
-            progress_bar=False,
-            coalesce_streams=True,
-            stdout_file=sys.stdout if name == TRAINING else None,
-            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # not on unencrypted ports
-        )
+        with drawing_inline():
+            papermill.execute_notebook(
+                source,
+                target,
+                {key: value for key, value in parameters.items() if key in declared},
+                cwd=NOTEBOOKS,
+                progress_bar=False,
+                coalesce_streams=True,
+                stdout_file=sys.stdout if name == TRAINING else None,
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # not on unencrypted ports
+            )
     except PapermillExecutionError as error:
         failure = f"{name} stopped at its cell [{error.exec_count}], {error.ename}: {error.evalue}"
     except DeadKernelError:
@@ -172,6 +175,18 @@ def execute(name: str, target: Path, parameters: dict) -> tuple[NotebookNode, fl
         raise ReportError(f"{failure.rstrip('.')}. What it had done is in {runs.place(target)}.")
     print(f"{name:<20} {duration(seconds):>9}", flush=True)
     return notebook, seconds
+
+
+@contextlib.contextmanager
+def drawing_inline() -> Iterator[None]:
+    """Let kernels that are started draw into their notebook, as they do unless the environment
+    names another backend of matplotlib, with which there would be no picture in it."""
+    named = os.environ.pop("MPLBACKEND", None)
+    try:
+        yield
+    finally:
+        if named is not None:
+            os.environ["MPLBACKEND"] = named
 
 
 def keep(notebook: NotebookNode, run: str) -> None:

@@ -149,3 +149,14 @@ def test_near_duplicates_are_found_among_the_training_images() -> None:
         "stand-in", data.ImageSet(train, labels), data.ImageSet(test, labels[:20])
     )
     assert data.near_duplicates(images).nonzero().flatten().tolist() == [7]
+
+
+def test_no_near_duplicate_of_cifar10_is_left_out_unmeasured() -> None:
+    """As `near_duplicates` says: all that is not measured in full is farther away than that."""
+    if data.missing_files(data.cifar10_folder()):
+        pytest.skip("CIFAR-10 is not on this machine")
+    images = data.read_cifar10(data.cifar10_folder())
+    coarse = [data._coarse(part.images) for part in (images.test, images.train)]
+    _, bound = data._shortlist(*coarse, data.SHORTLIST)
+    spread = images.test.images.flatten(1).float().std(dim=1, correction=0)
+    assert (bound / (data.NEAR * spread)).min() > 1.24

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 from pathlib import Path
 
@@ -179,6 +180,17 @@ def test_execute_gives_declared_parameters_and_stores_no_path(
     assert str(project) not in target.read_text()
     assert seconds > 0
     assert "a line" in capfd.readouterr().out  # of the training notebook, live
+
+
+def test_plots_are_in_the_notebook_whatever_backend_is_named(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    source = project / "notebooks" / "01_data_exploration.ipynb"
+    nbformat.write(notebook_of("import matplotlib.pyplot as plt\nplt.plot([1, 2]);"), source)
+    notebook, _ = report.execute("01_data_exploration", project / "01.ipynb", {})
+    assert "image/png" in notebook.cells[-1].outputs[-1].data
+    assert os.environ["MPLBACKEND"] == "agg"
 
 
 def test_pictures_in_outputs_are_made_small_and_look_the_same() -> None:
