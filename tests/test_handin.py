@@ -164,9 +164,9 @@ def test_without_outputs_there_is_no_hand_in(
 
 
 def test_it_runs_in_an_empty_folder_without_the_project(
-    notebook: nbformat.NotebookNode, tmp_path: Path
+    notebook: nbformat.NotebookNode, best: runs.Run, tmp_path: Path
 ) -> None:
-    """With the smoke preset; what it imports is in the cells before."""
+    """With the smoke preset and its own seed; what it imports is in the cells before."""
     empty, elsewhere = tmp_path / "empty", tmp_path / "elsewhere"
     for folder in (empty, elsewhere):
         folder.mkdir()
@@ -186,5 +186,6 @@ def test_it_runs_in_an_empty_folder_without_the_project(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     made = nbformat.read(empty / "done.ipynb", as_version=4)
-    assert any("smoke-seed0" in str(cell.get("outputs")) for cell in made.cells)
-    assert (empty / "notebooks" / "runs" / "smoke-seed0" / "metrics.json").is_file()
+    run = f"smoke-seed{best.config['seed']}"
+    assert any(run in str(cell.get("outputs")) for cell in made.cells)
+    assert (empty / "notebooks" / "runs" / run / "metrics.json").is_file()
