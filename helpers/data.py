@@ -526,11 +526,21 @@ def near_duplicates(images: ImageData) -> Tensor:
     """Which test images have a training image nearer than `NEAR`, N booleans.
 
     The distance is the root mean square of the pixels' differences, as a multiple of the standard
-    deviation of the test image's own pixels. `nearest_training_images` measures only some in full;
-    of CIFAR-10 none that it leaves out is nearer than 1.24 times `NEAR`, so that none is missed.
+    deviation of the test image's own pixels. Measured in full are the pairs whose coarse images
+    (see `_coarse`) are near enough, so that none is missed.
     """
-    distance = nearest_training_images(images.test.images, images.train.images, count=1)[1][:, 0]
-    return distance / images.test.images.flatten(1).float().std(dim=1, correction=0) < NEAR
+    test, train = images.test.images, images.train.images
+    limit = NEAR * test.flatten(1).float().std(dim=1, correction=0)
+    coarse, others = _coarse(test, 4), _coarse(train, 4)
+    near, squares = torch.zeros(len(test), dtype=torch.bool), others.square().sum(1)
+    for numbers in torch.arange(len(test)).split(250):
+        partial = torch.addmm(squares, coarse[numbers], others.t(), alpha=-2)  # without |t|²
+        margin = 1 + 1.001 * limit[numbers].square()  # for rounding
+        rows, columns = (partial < (margin - coarse[numbers].square().sum(1))[:, None]).nonzero().T
+        for some, there in zip(numbers[rows].split(1000), columns.split(1000), strict=True):
+            distance = (_pixels(test[some]) - _pixels(train[there])).norm(dim=1)
+            near[some[distance < limit[some]]] = True
+    return near
 
 
 def nearest_training_images(
@@ -557,7 +567,7 @@ def nearest_training_images(
     if not 1 <= count <= len(train_images):
         raise ValueError(f"count={count!r} is not allowed; use 1 to {len(train_images)}.")
     length = min(len(train_images), max(SHORTLIST, 2 * count))
-    listed, bound = _shortlist(_coarse(test_images), _coarse(train_images), length)
+    listed, bound = _shortlist(_coarse(test_images, 2), _coarse(train_images, 2), length)
     index, distance = _measure(test_images, train_images, listed, count)
     certain = distance[:, -1] < bound * 0.999  # a margin for rounding
     return index, distance, certain | (length == len(train_images))
@@ -569,8 +579,8 @@ def _pixels(images: Tensor) -> Tensor:
     return (images.flatten(1) - 127.5) / math.sqrt(images[0].numel())
 
 
-def _coarse(images: Tensor) -> Tensor:
-    """Means of 2×2 pixels, doubled, and the norm of what they leave out: n×(3·h/2·w/2 + 1).
+def _coarse(images: Tensor, k: int) -> Tensor:
+    """Means of k×k pixels, times k, and the norm of what they leave out: n×(3·h/k·w/k + 1).
 
     An image is the sum of its coarse image and the rest, which are orthogonal; two rests differ
     by at least the difference of their norms. So coarse distances never exceed full ones.
@@ -578,10 +588,10 @@ def _coarse(images: Tensor) -> Tensor:
     parts = []
     for some in images.split(2000):
         x = _pixels(some).view(some.shape)
-        means = F.avg_pool2d(x, 2)
-        rest = x - F.interpolate(means, scale_factor=2.0)
+        means = F.avg_pool2d(x, k)
+        rest = x - F.interpolate(means, scale_factor=float(k))
         left_out = rest.flatten(1).norm(dim=1, keepdim=True)
-        parts.append(torch.cat([2 * means.flatten(1), left_out], dim=1))
+        parts.append(torch.cat([k * means.flatten(1), left_out], dim=1))
     return torch.cat(parts)
 
 

@@ -442,11 +442,13 @@ def _large(axes: Axes) -> None:
 
 
 @figure
-def batch_losses(batches: pd.DataFrame, restarts: Sequence[int] = ()) -> Figure:
+def batch_losses(
+    batches: pd.DataFrame, sizes: Sequence[int] = (), restarts: Sequence[int] = ()
+) -> Figure:
     """The loss of every training batch, with its mean over the last 20 batches.
 
     Args:
-        restarts: epochs with which a run began that went on from another; a line is before each.
+        sizes, restarts: as of `accuracy_by_epoch`.
     """
     drawn, axes = plt.subplots()
     step = np.arange(1, len(batches) + 1)
@@ -457,13 +459,8 @@ def batch_losses(batches: pd.DataFrame, restarts: Sequence[int] = ()) -> Figure:
     apart = math.ceil(len(ends) / 12)  # epochs from one line to the next, so that they can be told
     for end in ends.iloc[apart - 1 : -1 : apart]:
         axes.axvline(end + 0.5, color=REFERENCE, linewidth=0.6, linestyle=":")
-    for epoch in restarts:
-        axes.axvline(ends[epoch - 1] + 0.5, color=REFERENCE, linewidth=0.8)
-        where = {"xycoords": ("data", "axes fraction"), "va": "top", "ha": "right"}
-        clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # of the dotted lines
-        axes.annotate(
-            "begun again ", (ends[epoch - 1], 0.985), color=REFERENCE, bbox=clear, **where
-        )
+    first_batches = [0.5, *(ends + 0.5)]
+    _mark_epochs(axes, sizes, restarts, first_batches)
     dotted = "ends of epochs" if apart == 1 else f"every {apart} epochs"
     axes.set(
         xlabel=f"training batch (n = {len(batches):,}; dotted: {dotted})",
@@ -476,12 +473,20 @@ def batch_losses(batches: pd.DataFrame, restarts: Sequence[int] = ()) -> Figure:
 
 def _names_beside(axes: Axes, names: pd.Series, x: pd.Series, y: pd.Series) -> None:
     """The names of points at the right of the axes, pushed apart, each with a line to its point, or
-    to all points that have this name.
+    to all points that have this name; but right beside the points of short trainings, where there
+    is room.
 
     Where points are of one height, the left one's name is above, so that its line passes above the
     other.
     """
     low, high = axes.get_ylim()
+    short = x < ROOM_BESIDE
+    for number in names.index[short]:
+        axes.annotate(
+            names[number], (x[number], y[number]), (7, 0), textcoords="offset points",
+            va="center", fontsize=DIAGRAM_TEXT,
+        )  # fmt: skip
+    names = names[~short]
     named = names.drop_duplicates().index
     order = pd.DataFrame({"y": y.round(1), "x": -x}).loc[named].sort_values(["y", "x"]).index
     heights, gaps = (y[order] - low) / (high - low), 0.047 * np.arange(len(order))
@@ -507,7 +512,8 @@ MACHINES = {
     "NVIDIA H100 80GB HBM3, bfloat16": COLOURS[2],
 }
 OTHER_MACHINES = [COLOURS[number] for number in (5, 0, 3, 8)]
-NAMED_TWICE = ("full", "hour", "hour-avx2", "quick")
+NAMED_TWICE = {"full": (6, 9), "hour": (6, -10), "hour-avx2": (6, -10), "quick": (6, -10)}
+ROOM_BESIDE = 2.0  # minutes; nothing else is as short
 
 
 @figure
@@ -542,10 +548,11 @@ def accuracy_by_cost(
             axes.axhline(100 * accuracy, color=REFERENCE, linestyle="--", linewidth=1)
         panels[0].axvline(costs[0], color=REFERENCE, linestyle="--", linewidth=1)
     _names_beside(panels[0], compared["run"], compared["minutes"], 100 * compared["accuracy"])
-    lowest = compared.sort_values("accuracy").drop_duplicates("run")
-    for row in lowest[lowest["run"].isin(NAMED_TWICE)].itertuples():
+    highest = compared.sort_values("accuracy").drop_duplicates("run", keep="last")
+    for row in highest[highest["run"].isin(NAMED_TWICE)].itertuples():
+        place = NAMED_TWICE[row.run]
         panels[1].annotate(
-            row.run, (row.work, 100 * row.accuracy), (6, -10), textcoords="offset points",
+            row.run, (row.work, 100 * row.accuracy), place, textcoords="offset points",
             va="center", fontsize=DIAGRAM_TEXT,
         )  # fmt: skip
     panels[0].set(xlabel="minutes of training", ylabel="test accuracy in %")
@@ -559,22 +566,32 @@ def accuracy_by_cost(
     return drawn
 
 
-def _mark_epochs(axes: Axes, sizes: Sequence[int], restarts: Sequence[int]) -> None:
+def _mark_epochs(
+    axes: Axes, sizes: Sequence[int], restarts: Sequence[int], begins: Sequence[float]
+) -> None:
     """Shade the epochs of small images, each size with its name, and draw a line before those that
-    began again; for `accuracy_by_epoch`, which explains both."""
-    begin, shade = 0.5, "learnt from smaller images"
+    began again; `accuracy_by_epoch` explains both.
+
+    Args:
+        begins: where on the axis each epoch begins, and where the last one ends.
+    """
+    shade, epoch, last = "learnt from smaller images", 0, begins[-1] - begins[0]
     above = {"xycoords": ("data", "axes fraction"), "color": REFERENCE, "fontsize": 9, "va": "top"}
     for size, epochs in itertools.groupby(sizes):
-        end = begin + len(list(epochs))
+        begin, epoch = begins[epoch], epoch + len(list(epochs))
+        end = begins[epoch]
         if size < IMAGE_SIZE:
             axes.axvspan(begin, end, color="0.93", linewidth=0, label=shade)
-            where, narrow = ((begin + end) / 2, 0.985), end - begin < 0.15 * len(sizes)
-            axes.annotate(f"{size}×{size}", where, ha="center", rotation=90 * narrow, **above)
+            where, narrow = ((begin + end) / 2, 0.985), end - begin < 0.15 * last
+            clear = {"facecolor": "0.93", "edgecolor": "none", "pad": 0.5}  # of dotted lines
+            axes.annotate(
+                f"{size}×{size}", where, ha="center", rotation=90 * narrow, bbox=clear, **above
+            )
             shade = "_"  # named once
-        begin = end
-    for epoch in restarts:
-        axes.axvline(epoch - 0.5, color=REFERENCE, linewidth=0.8, linestyle=":")
-        axes.annotate(" begun again", (epoch - 0.5, 0.985), **above)
+    for number in restarts:
+        axes.axvline(begins[number - 1], color=REFERENCE, linewidth=0.8)
+        clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axes.annotate(" begun again", (begins[number - 1], 0.985), bbox=clear, **above)
 
 
 @figure
@@ -593,23 +610,25 @@ def accuracy_by_epoch(
         restarts: epochs with which a run began that went on from another; a line is before each.
     """
     drawn, axes = plt.subplots()
-    _mark_epochs(axes, sizes, restarts)
+    _mark_epochs(axes, sizes, restarts, np.arange(max(len(sizes), len(history)) + 1) + 0.5)
     every = "D--" if history["training_accuracy"].notna().all() else "D"
+    marked = math.ceil(len(history) / 20)  # more markers than that hide the lines
     for column, name, colour, style in (
         ("training_accuracy_running", "training, while learning", TRAINING, "o-"),
-        ("training_accuracy", "training, clean images", TRAINING, every),
+        ("training_accuracy", "training, clean images", COLOURS[9], every),
         ("validation_accuracy", "validation", VALIDATION, "^-"),
         ("test_accuracy", "test", TEST, "s-"),
     ):
         known = history[["epoch", column]].dropna()
         if len(known):
-            axes.plot(known["epoch"], 100 * known[column], style, color=colour, label=name)
+            rare = marked if len(known) == len(history) else 1
+            axes.plot(
+                known["epoch"], 100 * known[column], style, color=colour, label=name, markevery=rare
+            )
     if published is not None:
-        axes.axhline(100 * published, color=REFERENCE, linestyle="--", linewidth=1)
-        axes.annotate(
-            f"published {100 * published:.2f}%", (0.01, 100 * published), (0, 2),
-            xycoords=("axes fraction", "data"), textcoords="offset points", va="bottom",
-            color=REFERENCE, fontsize=9,
+        axes.axhline(
+            100 * published, color=REFERENCE, linestyle="--", linewidth=1,
+            label=f"published answer, {100 * published:.2f}%",
         )  # fmt: skip
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes.set(xlabel="epoch", ylabel="accuracy in %")
@@ -679,9 +698,11 @@ def reliability(measured: Calibration) -> Figure:
     )  # fmt: skip
     upper.set(ylabel="right answers in %")
     upper.legend()
-    lower.bar(100 * measured.confidence, measured.count, width=4, color=TEST)
+    lower.plot(100 * measured.confidence, measured.count, "o", color=TEST)
+    lower.vlines(100 * measured.confidence, 0.5, measured.count, color=TEST)
     lower.set(
         yscale="log",
+        ylim=(0.5, None),
         ylabel="images",
         xlabel=f"probability given to the answer in % (n = {measured.count.sum():,})",
     )
@@ -786,8 +807,9 @@ def entropies_by_epoch(
         1, len(parts), figsize=(1.5 * WIDTH, 3.2), sharey=True, squeeze=False
     )
     every = math.ceil(len(history) / 15)  # more markers than that hide the lines
+    begins = np.arange(max(len(sizes), len(history)) + 1) + 0.5
     for axes, part in zip(panels.flat, parts, strict=True):
-        _mark_epochs(axes, sizes, restarts)
+        _mark_epochs(axes, sizes, restarts, begins)
         lines = []
         for name, colour, marker in zip(part, (COLOURS[4], COLOURS[9], COLOURS[5]), "osD"):
             block, style = name.removeprefix("entropy_"), {"marker": marker, "markevery": every}
@@ -795,6 +817,7 @@ def entropies_by_epoch(
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         axes.set(xlabel="epoch", ylim=(0, 1.25))
         axes.set_yticks(np.linspace(0, 1, 6))
+        axes.spines["left"].set_bounds(0, 1)  # above are the names of the epochs
         axes.legend(
             handles=lines, ncols=3, loc="lower right", frameon=True, edgecolor="none", framealpha=1,
             handlelength=1, columnspacing=1,
@@ -807,7 +830,8 @@ def entropies_by_epoch(
 def gates_by_class(
     means: Sequence[Tensor], names: Sequence[str], kernels: Sequence[Sequence[str]]
 ) -> Figure:
-    """Mean a of each class in each block: one panel a block, a row a class, a column a branch.
+    """Mean a of each class in each block: one panel a block, a row a class, a column a branch; of
+    two branches whose weights add up to 1 only the first, since the other is its mirror image.
 
     The colour is the difference from the branch's mean over classes, on one scale for all.
 
@@ -819,6 +843,9 @@ def gates_by_class(
     differences = [(a - a.mean(dim=0)).numpy() for a in means]
     limit = max(np.abs(d).max() for d in differences)
     limit = limit if limit > 1e-6 else 1.0  # rounding is no difference
+    for number, a in enumerate(means):
+        if a.shape[1] == 2 and np.allclose(a.sum(dim=1), 1, atol=1e-4):
+            differences[number] = differences[number][:, :1]
     widths = [d.shape[1] for d in differences]
     drawn, axes = plt.subplots(
         1, len(means), figsize=(WIDTH + 0.8, 3.9), sharey=True, width_ratios=widths, squeeze=False
@@ -826,13 +853,18 @@ def gates_by_class(
     drawings = zip(axes.flat, differences, means, kernels, strict=True)
     for number, (place, shown, a, kinds) in enumerate(drawings, start=1):
         ticks = [f"{kind}\n{mean:.2f}" for kind, mean in zip(kinds, a.mean(dim=0), strict=True)]
+        ticks = ticks[: shown.shape[1]]
         sns.heatmap(
             shown, ax=place, cmap="vlag", vmin=-limit, vmax=limit, cbar=number == len(means),
             yticklabels=names, xticklabels=ticks,
-            cbar_kws={"label": "difference from the mean a"},
+            cbar_kws={
+                "label": "difference from the mean a", "ticks": [-limit, 0, limit],
+                "format": "{x:+.2f}",
+            },
         )  # fmt: skip
         place.set_title(f"B{number}")
-        place.tick_params(axis="x", labelsize=8)
+        upright = shown.shape[1] == 1  # there is room for that
+        place.tick_params(axis="x", labelsize=9 if upright else 8, labelrotation=90 * (not upright))
         place.tick_params(axis="y", length=0)
     drawn.supxlabel("branches, by their kernels, each with its mean a", fontsize=11)
     return drawn

@@ -129,22 +129,17 @@ def occlusion(
     return (probability[0] - probability[1:]).view(rows.shape)
 
 
-def features(
-    network: BlockNetwork, images: ImageSet, precision: torch.dtype = torch.float32
-) -> Tensor:
-    """What the output block makes its logits of, the means of the last map's channels: float32 N×C.
-
-    Args:
-        precision: of the maps, see `evaluation.predict`.
-    """
+def logits_and_means(network: BlockNetwork, images: ImageSet) -> tuple[Tensor, Tensor]:
+    """The logits, N×classes, as of `evaluation.predict`, and what the output block makes them of:
+    the means of the last map's channels, float32 N×C."""
     kept: list[Tensor] = []
     first = network.output.fc[0]
-    hook = first.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].float()))
+    hook = first.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
     try:
-        evaluation.predict(network, images, precision=precision)
+        logits = evaluation.predict(network, images)
     finally:
         hook.remove()
-    return torch.cat(kept)
+    return logits, torch.cat(kept)
 
 
 def nearest(some: Tensor, others: Tensor, count: int) -> tuple[Tensor, Tensor]:

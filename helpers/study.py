@@ -30,7 +30,7 @@ from scipy.stats import t as student
 from torch import nn
 
 from helpers import data, evaluation, report, runs
-from helpers.model import layer_table
+from helpers.model import BlockNetwork, layer_table
 
 SEEDS = (0, 1, 2)
 BASE = "softmax"
@@ -286,20 +286,20 @@ def ladder() -> pd.DataFrame:
 
 
 def compare(results: pd.DataFrame) -> pd.DataFrame:
-    """The difference of every variant to `BASE`, over paired seeds, with its 95% interval.
+    """The difference of every variant to `BASE`, with intervals that hold together.
 
     A seed gives all variants the same order and augmentation of images, so what it does to all of
     them alike is taken out: accuracy = variant + seed + rest, by least squares, since not every
     variant has every seed. The rest of all variants together gives one standard deviation, which
-    three seeds of one variant could not (two-way analysis of variance, no interaction); the
-    interval is Student's.
+    three seeds of one variant could not (two-way analysis of variance, no interaction). Student's
+    intervals, so wide that all of them hold the truth at once 19 times in 20 or more (Bonferroni).
 
     Args:
         results: a row for every run; every variant shares seeds with others.
 
     Returns:
-        index the variant; `mean`, as it would be over the seeds of `BASE`, `difference`, `low`,
-        `high`, fractions of one, and whether the interval holds zero: `undecided`.
+        index the variant; `difference`, `low`, `high`, fractions of one, and whether the interval
+        holds zero: `undecided`.
     """
     names = results["variant"].drop_duplicates().to_list()
     of_variants = pd.get_dummies(results["variant"], dtype=float)[names]
@@ -312,10 +312,8 @@ def compare(results: pd.DataFrame) -> pd.DataFrame:
     base, k = names.index(BASE), len(names)
     variances = np.diag(inverse)[:k] + inverse[base, base] - 2 * inverse[base, :k]  # over rest's
     error = np.sqrt(rest @ rest / freedom * variances.clip(0))
-    half = student.ppf(0.975, freedom) * error
+    half = student.ppf(1 - 0.025 / (k - 1), freedom) * error
     compared = pd.DataFrame({"difference": effects[:k] - effects[base]}, index=names)
-    mean = results.loc[results["variant"] == BASE, "accuracy"].mean()
-    compared.insert(0, "mean", mean + compared["difference"])
     compared["low"], compared["high"] = compared["difference"] - half, compared["difference"] + half
     compared = compared.round(12)  # the last bits are the CPU's own, and −0.685 is a tie in print
     compared["undecided"] = (compared["low"] <= 0) & (compared["high"] >= 0)
@@ -328,9 +326,8 @@ def verdicts(compared: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
     points = 100 * rows[["difference", "low", "high"]]
     return pd.DataFrame(
         {
-            f"accuracy, at {BASE}'s seeds": [f"{mean:.2%}" for mean in rows["mean"]],
             f"points more than {BASE}": [f"{d:+.2f}" for d in points["difference"]],
-            "95% interval": [
+            "interval": [
                 f"{low:+.2f} to {high:+.2f}"
                 for low, high in zip(points["low"], points["high"], strict=True)
             ],
@@ -343,19 +340,23 @@ def verdicts(compared: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
     )
 
 
-def summary(compared: pd.DataFrame) -> str:
-    """All verdicts in a sentence, in `WORDS`."""
+def summary(results: pd.DataFrame) -> str:
+    """All verdicts as a list in Markdown, in `WORDS`."""
+    compared = compare(results)
     every = verdicts(compared, compared.index)
-    points = every[f"points more than {BASE}"]
-    parts = []
+    of_base = results.loc[results["variant"] == BASE, "accuracy"]
+    lines = [
+        f"Beside {WORDS[BASE]} ({of_base.mean():.2%} of the images held out, the mean of "
+        f"{len(of_base)} seeds), in points:\n"
+    ]
     for verdict in ("better", "worse", "cannot be told apart"):
-        names = every.index[every["verdict"] == verdict]
-        if len(names):
-            named = "; ".join(f"{WORDS[name]} ({points[name]})" for name in names)
-            parts.append(f"**{verdict}:** {named}.")
-    mean = f"{compared.loc[BASE, 'mean']:.2%} of the images held out"
-    base = f"Beside {WORDS[BASE]} ({mean}), in points,"
-    return " ".join([base, *parts])
+        named = [
+            f"{WORDS[row.Index]} ({row[1]}; {row.interval})"
+            for row in every[every["verdict"] == verdict].itertuples()
+        ]
+        if named:
+            lines.append(f"- **{verdict}:** {'; '.join(named)}")
+    return "\n".join(lines)
 
 
 def seed_by_seed(results: pd.DataFrame) -> pd.DataFrame:
@@ -375,22 +376,30 @@ def seed_by_seed(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def use_of_a(results: pd.DataFrame) -> pd.DataFrame:
-    """Mean accuracies over seeds with the computed a, another image's, and each block's mean; a
+    """Mean accuracies over `seeds` with the computed a, another image's, and each block's mean; a
     row a variant."""
-    means = results.groupby("variant", sort=False)[list(ACCURACIES)].mean()
-    return means.set_axis(["computed", "shuffled", "mean"], axis=1)
+    by_variant = results.groupby("variant", sort=False)
+    means = by_variant[list(ACCURACIES)].mean()
+    means.columns = ["computed", "another image's", "mean"]
+    means.insert(0, "seeds", by_variant.size())
+    return means
 
 
-def similarities() -> pd.DataFrame:
+def similarities(fresh: BlockNetwork) -> pd.DataFrame:
     """The mean cosine between the kernels of two branches, a row a variant, a column a block;
-    variants of one branch are left out."""
-    rows = {}
+    variants of one branch are left out.
+
+    Args:
+        fresh: the untrained network of `BASE`, for the first row.
+    """
+    rows = {f"{BASE}, at the start": [evaluation.kernel_similarity(b).item() for b in fresh.blocks]}
     for variant in variants():
         names = [run_name(variant, seed) for seed in planned_seeds(variant)]
         said = [runs.read_json(runs.RUNS / name / "study.json") for name in names]
         cosines = pd.DataFrame([one["kernel_similarity"] for one in said], dtype=float)
-        rows[variant] = cosines.set_axis([f"B{k + 1}" for k in cosines], axis=1).mean()
-    return pd.DataFrame(rows).T.dropna(how="all")
+        rows[variant] = cosines.mean().tolist()
+    every = pd.DataFrame.from_dict(rows, orient="index").dropna(how="all")
+    return every.set_axis([f"B{k + 1}" for k in every], axis=1)
 
 
 # ---- the command

@@ -114,6 +114,11 @@ def test_where_a_run_went_on_from_another_is_a_line() -> None:
     said = [text.get_text().strip() for text in drawn.texts]
     assert said == ["16×16", "begun again"]
     assert drawn.texts[1].xy[0] == 1.5
+    losses = figures.batch_losses(BATCHES, sizes=[16, 32], restarts=[2]).axes[0]
+    assert [text.get_text().strip() for text in losses.texts] == said
+    of_first = int((BATCHES["epoch"] == 1).sum())
+    assert losses.texts[1].xy[0] == of_first + 0.5
+    assert losses.patches[0].get_width() == of_first
 
 
 def test_a_figure_is_saved_under_its_label_and_is_the_same_every_time(
@@ -143,9 +148,10 @@ def test_a_figure_that_cannot_be_saved_is_shown_all_the_same(
 def test_one_name_on_several_kinds_of_machine_is_written_once_and_every_kind_is_drawn() -> None:
     kinds = [f"CPU, {number}, float32" for number in range(10)]
     rows = {
-        "run": "a", "accuracy": 0.9, "deviation": None, "minutes": range(1, 11), "work": 1e12,
+        "run": "a", "accuracy": 0.9, "deviation": None, "minutes": range(3, 13), "work": 1e12,
         "kind": kinds,
     }  # fmt: skip
+    assert all(minutes > figures.ROOM_BESIDE for minutes in rows["minutes"])
     drawn = figures.accuracy_by_cost(pd.DataFrame(rows), (0.885, 57, 1e16))
     beside = drawn.axes[0].texts
     assert sorted(text.get_text() for text in beside) == [""] * 9 + ["a"]
@@ -154,6 +160,22 @@ def test_one_name_on_several_kinds_of_machine_is_written_once_and_every_kind_is_
     assert shown > {f"this project, {kind}" for kind in kinds}
     assert len(set(figures.MACHINES.values()) | set(figures.OTHER_MACHINES)) == 8
     assert set(runs.by_cost()["kind"]) <= set(figures.MACHINES), "those on record have their own"
+
+
+def test_the_names_of_short_trainings_stand_right_beside_them() -> None:
+    rows = {"run": ["a", "b"], "accuracy": 0.9, "deviation": None, "minutes": [1, 10], "work": 1e12}
+    drawn = figures.accuracy_by_cost(pd.DataFrame(rows | {"kind": "GPU"}))
+    places = {text.get_text(): text.xyann for text in drawn.axes[0].texts}
+    assert places["a"] == (7, 0) and places["b"][0] == 1.03
+
+
+def test_of_two_weights_that_add_up_to_one_the_first_is_drawn() -> None:
+    first = torch.rand(10, 1)
+    pair = torch.cat([first, 1 - first], dim=1)
+    for a, columns in ((pair, 1), (2 * pair, 2), (torch.rand(10, 3), 3)):
+        kinds = [[f"C{number} 3×3" for number in range(1, a.shape[1] + 1)]]
+        drawn = figures.gates_by_class([a], data.CLASSES, kinds).axes[0]
+        assert len(drawn.get_xticklabels()) == columns
 
 
 def test_nothing_published_stands_beside_what_was_trained_on_the_stand_in() -> None:
