@@ -776,7 +776,7 @@ def neighbours(
 
 @figure
 def differences(compared: pd.DataFrame, base: str) -> Figure:
-    """The difference of every variant to `base` with its 95% interval, from `study.compare`."""
+    """The difference of every variant to `base` with its interval, from `study.compare`."""
     rows = 100 * compared.drop(index=base)[["difference", "low", "high"]]
     drawn, axes = plt.subplots(figsize=(WIDTH, 0.33 * len(rows) + 0.9))
     around = [rows["difference"] - rows["low"], rows["high"] - rows["difference"]]
@@ -786,7 +786,7 @@ def differences(compared: pd.DataFrame, base: str) -> Figure:
     axes.axvline(0, color=REFERENCE, linestyle="--", linewidth=1)
     axes.set_yticks(range(len(rows)), rows.index)
     axes.invert_yaxis()
-    axes.set_xlabel(f"points of accuracy more than {base}, 95% interval")
+    axes.set_xlabel(f"points of accuracy more than {base}, joint 95% intervals")
     axes.grid(axis="x", alpha=0.4)
     return drawn
 
