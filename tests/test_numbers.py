@@ -53,6 +53,8 @@ def recorded() -> tuple[set[str], set[str]]:
         accuracies |= {f"{100 * end:.2f}" for end in ends}
     accuracies.add(f"{100 * runs.read('restarted-seed0').history['test_accuracy'].iloc[-2]:.2f}")
     accuracies |= {f"{100 * share:.0f}" for share in gpu_convolutions().values()}
+    for of_kind in runs.read_json(runs.BENCHMARKS / "last_statistics.json")["accuracy"].values():
+        accuracies |= {f"{100 * accuracy:.2f}" for accuracy in of_kind.values()}
     for history in runs.RUNS.glob("choice-*/history.csv"):
         accuracies.add(f"{100 * pd.read_csv(history)['validation_accuracy'].iloc[-1]:.2f}")
     return accuracies, minutes
@@ -224,6 +226,21 @@ def test_the_readme_states_what_was_measured_on_a_gpu() -> None:
     assert f"(n = {len(seeds)}) after {seeds['train_seconds'].mean():.0f} seconds" in text
     low, high = (f"{100 * end:.2f} %" for end in seeds["test_accuracy"].agg(["min", "max"]))
     assert f"the four of `full-gpu` are such runs, and reach {low} to {high}" in text
+
+
+def test_the_readme_states_what_the_last_statistics_gave() -> None:
+    said = runs.read_json(runs.BENCHMARKS / "last_statistics.json")
+    clean, augmented = (
+        said["accuracy"][f"{kind} images"]["test"] for kind in ("clean", "augmented")
+    )
+    assert augmented == runs.read(said["run"]).metrics["test_accuracy"]
+    before, after = (runs.read(f"{name}-seed0").metrics for name in ("restarted", "full"))
+    gained = 100 * (after["test_accuracy"] - before["test_accuracy"])
+    text = " ".join(prose(ROOT / "README.md").split())
+    assert (
+        f"`{said['run']}` gains by them {100 * (augmented - clean):.2f} points, where `restarted` "
+        f"gained {gained:.2f}"
+    ) in text
 
 
 def test_the_training_notebook_states_what_averaging_gave() -> None:
