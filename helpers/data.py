@@ -576,7 +576,7 @@ def nearest_training_images(
 def _pixels(images: Tensor) -> Tensor:
     """uint8 n×3×h×w → float32 n×(3·h·w), centred so that little is lost to rounding, and scaled
     so that Euclidean distance is the root mean square difference."""
-    return (images.flatten(1) - 127.5) / math.sqrt(images[0].numel())
+    return (images.flatten(1) - 127.5) / math.sqrt(math.prod(images.shape[1:]))
 
 
 def _coarse(images: Tensor, k: int) -> Tensor:

@@ -471,27 +471,34 @@ def batch_losses(
     return drawn
 
 
-def _names_beside(axes: Axes, names: pd.Series, x: pd.Series, y: pd.Series) -> None:
-    """The names of points at the right of the axes, pushed apart, each with a line to its point, or
-    to all points that have this name; but right beside the points of short trainings, where there
-    is room.
+def _pushed_apart(axes: Axes, x: pd.Series, y: pd.Series) -> pd.Series:
+    """Heights of names, as fractions of the axes, for points at x and y; lowest first.
 
-    Where points are of one height, the left one's name is above, so that its line passes above the
-    other.
+    Where points are of one height, the left one's name is above, so that a line from the right to
+    its point passes above the other.
     """
     low, high = axes.get_ylim()
+    order = pd.DataFrame({"y": y.round(1), "x": -x}).sort_values(["y", "x"]).index
+    heights, gaps = (y[order] - low) / (high - low), 0.047 * np.arange(len(order))
+    places = isotonic_regression(heights - gaps).x if len(order) else []
+    return pd.Series(places + gaps, index=order)  # the least pushing that parts them
+
+
+def _names_beside(axes: Axes, names: pd.Series, x: pd.Series, y: pd.Series) -> None:
+    """The names of points at the right of the axes, each with a line to its point, or to all points
+    that have this name; but beside the points of short trainings, where there is room. They are
+    pushed apart where they would overlap.
+    """
     short = x < ROOM_BESIDE
-    for number in names.index[short]:
+    beside = _pushed_apart(axes, x[short], y[short])
+    for number, place in beside.items():
         axes.annotate(
-            names[number], (x[number], y[number]), (7, 0), textcoords="offset points",
-            va="center", fontsize=DIAGRAM_TEXT,
+            names[number], (x[number], y[number]), (1.2 * x[number], place),
+            textcoords=("data", "axes fraction"), va="center", fontsize=DIAGRAM_TEXT,
         )  # fmt: skip
     names = names[~short]
     named = names.drop_duplicates().index
-    order = pd.DataFrame({"y": y.round(1), "x": -x}).loc[named].sort_values(["y", "x"]).index
-    heights, gaps = (y[order] - low) / (high - low), 0.047 * np.arange(len(order))
-    places = isotonic_regression(heights - gaps).x + gaps  # the least pushing that parts them
-    for number, place in zip(order, places):
+    for number, place in _pushed_apart(axes, x[named], y[named]).items():
         for point in names.index[names == names[number]]:
             axes.annotate(
                 names[number] if point == number else "", (x[point], y[point]), (1.03, place),
@@ -513,7 +520,7 @@ MACHINES = {
 }
 OTHER_MACHINES = [COLOURS[number] for number in (5, 0, 3, 8)]
 NAMED_TWICE = {"full": (6, 9), "hour": (6, -10), "hour-avx2": (6, -10), "quick": (6, -10)}
-ROOM_BESIDE = 2.0  # minutes; nothing else is as short
+ROOM_BESIDE = 1.5  # minutes; at the right of shorter trainings there are few others
 
 
 @figure
@@ -542,8 +549,8 @@ def accuracy_by_cost(
         accuracy, *costs = published
         for axes, cost in zip(panels, costs):
             axes.plot(
-                cost, 100 * accuracy, "*", color=REFERENCE, markersize=12,
-                label="published answer, a GPU",
+                cost, 100 * accuracy, "*", color=REFERENCE, markersize=14, zorder=5,
+                markeredgecolor="white", label="published answer, a GPU",
             )  # fmt: skip
             axes.axhline(100 * accuracy, color=REFERENCE, linestyle="--", linewidth=1)
         panels[0].axvline(costs[0], color=REFERENCE, linestyle="--", linewidth=1)
@@ -577,7 +584,7 @@ def _mark_epochs(
     """
     shade, epoch, last = "learnt from smaller images", 0, begins[-1] - begins[0]
     above = {"xycoords": ("data", "axes fraction"), "color": REFERENCE, "fontsize": 9, "va": "top"}
-    for size, epochs in itertools.groupby(sizes):
+    for size, epochs in itertools.groupby(sizes[: len(begins) - 1]):
         begin, epoch = begins[epoch], epoch + len(list(epochs))
         end = begins[epoch]
         if size < IMAGE_SIZE:
@@ -613,6 +620,7 @@ def accuracy_by_epoch(
     _mark_epochs(axes, sizes, restarts, np.arange(max(len(sizes), len(history)) + 1) + 0.5)
     every = "D--" if history["training_accuracy"].notna().all() else "D"
     marked = math.ceil(len(history) / 20)  # more markers than that hide the lines
+    marks = [*range(0, len(history) - 1, marked), len(history) - 1]
     for column, name, colour, style in (
         ("training_accuracy_running", "training, while learning", TRAINING, "o-"),
         ("training_accuracy", "training, clean images", COLOURS[9], every),
@@ -621,7 +629,7 @@ def accuracy_by_epoch(
     ):
         known = history[["epoch", column]].dropna()
         if len(known):
-            rare = marked if len(known) == len(history) else 1
+            rare = marks if len(known) == len(history) else None
             axes.plot(
                 known["epoch"], 100 * known[column], style, color=colour, label=name, markevery=rare
             )
@@ -853,7 +861,7 @@ def gates_by_class(
     drawings = zip(axes.flat, differences, means, kernels, strict=True)
     for number, (place, shown, a, kinds) in enumerate(drawings, start=1):
         ticks = [f"{kind}\n{mean:.2f}" for kind, mean in zip(kinds, a.mean(dim=0), strict=True)]
-        ticks = ticks[: shown.shape[1]]
+        ticks = (ticks if shown.shape[1] <= 2 else kinds)[: shown.shape[1]]  # two lines need room
         sns.heatmap(
             shown, ax=place, cmap="vlag", vmin=-limit, vmax=limit, cbar=number == len(means),
             yticklabels=names, xticklabels=ticks,
@@ -866,7 +874,7 @@ def gates_by_class(
         upright = shown.shape[1] == 1  # there is room for that
         place.tick_params(axis="x", labelsize=9 if upright else 8, labelrotation=90 * (not upright))
         place.tick_params(axis="y", length=0)
-    drawn.supxlabel("branches, by their kernels, each with its mean a", fontsize=11)
+    drawn.supxlabel("branches, by their kernels (one or two: each with its mean a)", fontsize=11)
     return drawn
 
 

@@ -626,7 +626,7 @@ def on_other_machines(seeds: pd.DataFrame) -> str:
 
 
 def best_of(run: runs.Run, seeds: pd.DataFrame) -> str:
-    """The sentences on the run's own accuracy and on the best one of its seeds, from
+    """The sentences on the run's own accuracy and on the best of all runs with its parameters, from
     `runs.seeds_anywhere`."""
     best = seeds.loc[seeds["test_accuracy"].idxmax()]
     said = (
@@ -635,9 +635,9 @@ def best_of(run: runs.Run, seeds: pd.DataFrame) -> str:
         "six views)."
     )
     if best["run"] == run.name:
-        return said + (" No other seed reaches more." if len(seeds) > 1 else "")
+        return said + (" No other run reaches more." if len(seeds) > 1 else "")
     return (
-        f"{said} The best of all {len(seeds)} seeds, {best['run']}, reaches "
+        f"{said} The best of all {len(seeds)} runs, {best['run']}, reaches "
         f"{best['test_accuracy']:.2%} and {best['test_accuracy_tta']:.2%}; it was picked by its "
         "test accuracy, which flatters it."
     )

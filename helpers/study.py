@@ -23,7 +23,6 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import t as student
@@ -286,38 +285,62 @@ def ladder() -> pd.DataFrame:
 
 
 def compare(results: pd.DataFrame) -> pd.DataFrame:
-    """The difference of every variant to `BASE`, with intervals that hold together.
+    """The difference of every variant to `BASE` over the seeds that both have, with intervals that
+    all hold the truth at once 19 times in 20 or more.
 
-    A seed gives all variants the same order and augmentation of images, so what it does to all of
-    them alike is taken out: accuracy = variant + seed + rest, by least squares, since not every
-    variant has every seed. The rest of all variants together gives one standard deviation, which
-    three seeds of one variant could not (two-way analysis of variance, no interaction). Student's
-    intervals, so wide that all of them hold the truth at once 19 times in 20 or more (Bonferroni).
+    There are two tables without gaps: the variants of the first question with all of their seeds,
+    and all variants with the first seeds, which the others have. Each has a scatter of its own.
 
     Args:
-        results: a row for every run; every variant shares seeds with others.
+        results: from `table`.
+
+    Returns:
+        as of `paired`, the variants in the order of the table.
+    """
+    variants_of_both = results["variant"].drop_duplicates()
+    asked = results[results["variant"].isin([BASE, *FIRST_QUESTION])]
+    number = len(variants_of_both) - 1
+    first = paired(asked, number)
+    others = paired(results[results["seed"].isin(SEEDS)], number).drop(index=first.index)
+    return pd.concat([first, others]).loc[variants_of_both]
+
+
+def paired(results: pd.DataFrame, comparisons: int) -> pd.DataFrame:
+    """The difference of every variant to `BASE`, the mean over seeds, with its interval.
+
+    A seed gives all variants the same order and augmentation of images, so what it does to all of
+    them alike is taken out: accuracy = variant + seed + rest. The rest of all variants together
+    gives one standard deviation, which three seeds of one variant could not (two-way analysis of
+    variance, no interaction). The intervals are Student's, each so wide that so many `comparisons`
+    are all right with 95% probability (Bonferroni).
+
+    Args:
+        results: a row for every variant and seed.
 
     Returns:
         index the variant; `difference`, `low`, `high`, fractions of one, and whether the interval
         holds zero: `undecided`.
+
+    Raises:
+        StudyError: a variant lacks a seed that another has.
     """
-    names = results["variant"].drop_duplicates().to_list()
-    of_variants = pd.get_dummies(results["variant"], dtype=float)[names]
-    of_seeds = pd.get_dummies(results["seed"], drop_first=True, dtype=float)
-    design = pd.concat([of_variants, of_seeds], axis=1).to_numpy()
-    inverse = np.linalg.inv(design.T @ design)
-    effects = inverse @ design.T @ results["accuracy"].to_numpy()
-    rest = results["accuracy"].to_numpy() - design @ effects
-    freedom = len(results) - design.shape[1]
-    base, k = names.index(BASE), len(names)
-    variances = np.diag(inverse)[:k] + inverse[base, base] - 2 * inverse[base, :k]  # over rest's
-    error = np.sqrt(rest @ rest / freedom * variances.clip(0))
-    half = student.ppf(1 - 0.025 / (k - 1), freedom) * error
-    compared = pd.DataFrame({"difference": effects[:k] - effects[base]}, index=names)
-    compared["low"], compared["high"] = compared["difference"] - half, compared["difference"] + half
+    accuracy = results.pivot(index="variant", columns="seed", values="accuracy")
+    if accuracy.isna().any(axis=None):
+        raise StudyError("Variants are compared over the same seeds, and some runs are missing.")
+    k, n = accuracy.shape
+    rest = accuracy.sub(accuracy.mean(axis=1), axis=0)
+    rest = rest - rest.mean(axis=0)
+    freedom = (k - 1) * (n - 1)
+    error = math.sqrt((rest**2).sum(axis=None) / freedom * 2 / n)
+    half = student.ppf(1 - 0.025 / comparisons, freedom) * error
+    difference = accuracy.mean(axis=1) - accuracy.loc[BASE].mean()
+    around = half * (accuracy.index != BASE)
+    compared = pd.DataFrame(
+        {"difference": difference, "low": difference - around, "high": difference + around}
+    )
     compared = compared.round(12)  # the last bits are the CPU's own, and −0.685 is a tie in print
     compared["undecided"] = (compared["low"] <= 0) & (compared["high"] >= 0)
-    return compared.rename_axis("variant")
+    return compared.loc[results["variant"].drop_duplicates()]
 
 
 def verdicts(compared: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
@@ -361,13 +384,13 @@ def summary(results: pd.DataFrame) -> str:
 
 def seed_by_seed(results: pd.DataFrame) -> pd.DataFrame:
     """The verdicts on the first question by the seeds that raised it, by those that were added, and
-    by all."""
+    by all; each from the scatter of these variants and seeds."""
     asked = results[results["variant"].isin([BASE, *FIRST_QUESTION])]
     parts = {"first seeds": SEEDS, "added seeds": MORE_SEEDS, "all of them": SEEDS + MORE_SEEDS}
     return pd.concat(
         {
             f"{said}, {len(seeds)}": verdicts(
-                compare(asked[asked["seed"].isin(seeds)]), FIRST_QUESTION
+                paired(asked[asked["seed"].isin(seeds)], len(variants()) - 1), FIRST_QUESTION
             )
             for said, seeds in parts.items()
         },
@@ -385,14 +408,17 @@ def use_of_a(results: pd.DataFrame) -> pd.DataFrame:
     return means
 
 
-def similarities(fresh: BlockNetwork) -> pd.DataFrame:
+def similarities(fresh: dict[str, BlockNetwork]) -> pd.DataFrame:
     """The mean cosine between the kernels of two branches, a row a variant, a column a block;
     variants of one branch are left out.
 
     Args:
-        fresh: the untrained network of `BASE`, for the first row.
+        fresh: untrained networks of some variants, for the first rows.
     """
-    rows = {f"{BASE}, at the start": [evaluation.kernel_similarity(b).item() for b in fresh.blocks]}
+    rows = {
+        f"{variant}, at the start": [evaluation.kernel_similarity(b).item() for b in own.blocks]
+        for variant, own in fresh.items()
+    }
     for variant in variants():
         names = [run_name(variant, seed) for seed in planned_seeds(variant)]
         said = [runs.read_json(runs.RUNS / name / "study.json") for name in names]

@@ -119,6 +119,17 @@ def test_where_a_run_went_on_from_another_is_a_line() -> None:
     of_first = int((BATCHES["epoch"] == 1).sum())
     assert losses.texts[1].xy[0] == of_first + 0.5
     assert losses.patches[0].get_width() == of_first
+    longer = figures.batch_losses(BATCHES, sizes=[16, 32, 32, 32]).axes[0]
+    assert len(longer.patches) == 1, "what was not trained is not drawn"
+
+
+def test_the_last_epoch_has_its_mark() -> None:
+    history = pd.concat([HISTORY.iloc[[0]]] * 70).assign(epoch=range(1, 71))
+    (line,) = (
+        line for line in figures.accuracy_by_epoch(history).axes[0].lines
+        if line.get_label() == "test"
+    )  # fmt: skip
+    assert {0, 69} <= set(line.get_markevery()) and len(line.get_markevery()) <= 20
 
 
 def test_a_figure_is_saved_under_its_label_and_is_the_same_every_time(
@@ -163,10 +174,14 @@ def test_one_name_on_several_kinds_of_machine_is_written_once_and_every_kind_is_
 
 
 def test_the_names_of_short_trainings_stand_right_beside_them() -> None:
-    rows = {"run": ["a", "b"], "accuracy": 0.9, "deviation": None, "minutes": [1, 10], "work": 1e12}
-    drawn = figures.accuracy_by_cost(pd.DataFrame(rows | {"kind": "GPU"}))
+    rows = {
+        "run": ["a", "b", "c"], "accuracy": [0.9, 0.9, 0.8], "deviation": None,
+        "minutes": [1, 0.9, 10], "work": 1e12, "kind": "GPU",
+    }  # fmt: skip
+    drawn = figures.accuracy_by_cost(pd.DataFrame(rows))
     places = {text.get_text(): text.xyann for text in drawn.axes[0].texts}
-    assert places["a"] == (7, 0) and places["b"][0] == 1.03
+    assert places["a"][0] == pytest.approx(1.2) and places["c"][0] == 1.03
+    assert abs(places["a"][1] - places["b"][1]) == pytest.approx(0.047), "one above the other"
 
 
 def test_of_two_weights_that_add_up_to_one_the_first_is_drawn() -> None:

@@ -281,6 +281,28 @@ def test_papermill_and_nbconvert_give_the_same_bits(
     assert all(torch.equal(far[name], near[name]) for name in far | near)
 
 
+def test_a_run_that_goes_on_from_another_is_shown_with_it(
+    tiny_project: Path, tmp_path: Path, run_python: Callable[..., subprocess.CompletedProcess]
+) -> None:
+    """As the runs of the preset `full` do."""
+    training, analysis = (
+        tiny_project / "notebooks" / f"{name}.ipynb" for name in ("03_training", "04_analysis")
+    )
+    for notebook, *options in (
+        (training, "-p", "run", "first"),
+        (training, "-p", "run", "later", "-p", "start_from", "first"),
+        (analysis, "-p", "run", "later"),
+    ):
+        command = papermill(notebook, tmp_path, *options)
+        process = run_python(*command, project=tiny_project, cwd=tmp_path)
+        assert process.returncode == 0, output_of(process)
+    shown = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    said = "".join(
+        text for cell in code_cells(shown) for out in cell.outputs for text in report.texts(out)
+    )
+    assert "1 epochs (first), then 1 epochs (later)" in said
+
+
 @pytest.mark.parametrize(
     ("notebook", "name", "value"),
     [

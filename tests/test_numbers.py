@@ -230,16 +230,20 @@ def test_the_readme_states_what_was_measured_on_a_gpu() -> None:
 
 def test_the_readme_states_what_the_last_statistics_gave() -> None:
     said = runs.read_json(runs.BENCHMARKS / "last_statistics.json")
-    clean, augmented = (
-        said["accuracy"][f"{kind} images"]["test"] for kind in ("clean", "augmented")
-    )
-    assert augmented == runs.read(said["run"]).metrics["test_accuracy"]
+    clean, augmented = (said["accuracy"][f"{kind} images"] for kind in ("clean", "augmented"))
+    assert augmented["test"] == runs.read(said["run"]).metrics["test_accuracy"]
     before, after = (runs.read(f"{name}-seed0").metrics for name in ("restarted", "full"))
     gained = 100 * (after["test_accuracy"] - before["test_accuracy"])
     text = " ".join(prose(ROOT / "README.md").split())
+    for among, images in (
+        ("training", "10,000 of its training images"),
+        ("test", "the test images"),
+    ):
+        both = f"{100 * clean[among]:.2f} % | {100 * augmented[among]:.2f} %"
+        assert f"| {images} | {both} |" in text
     assert (
-        f"`{said['run']}` gains by them {100 * (augmented - clean):.2f} points, where `restarted` "
-        f"gained {gained:.2f}"
+        f"`{said['run']}` gains by them {100 * (augmented['test'] - clean['test']):.2f} points, "
+        f"where `restarted` gained {gained:.2f}"
     ) in text
 
 

@@ -155,3 +155,10 @@ def test_near_duplicates_are_those_whose_nearest_training_image_is_near() -> Non
     near = distance.min(dim=1).values < data.NEAR * own
     assert torch.equal(data.near_duplicates(images), near)
     assert 10 < int(near.sum()) < 35
+
+
+def test_where_no_image_has_anything_like_it_there_are_no_near_duplicates() -> None:
+    dark, light = torch.zeros(300, 3, 32, 32), torch.full((20, 3, 32, 32), 255.0)
+    light[:, :, ::2] -= 1  # without any contrast nothing could be near
+    sets = [data.ImageSet(x.to(torch.uint8), torch.zeros(len(x)).long()) for x in (dark, light)]
+    assert not data.near_duplicates(data.ImageData("stand-in", *sets)).any()

@@ -112,7 +112,7 @@ def test_missing_runs_are_run_and_others_passed_over(tiny_study: list[str]) -> N
     assert used.loc["softmax", "another image's"] == pytest.approx(mean)
     assert used["seeds"].tolist() == [2, 2]
     fresh = runs.Settings(**study.planned_parameters("study-softmax-seed0")).network()
-    alike = study.similarities(fresh)
+    alike = study.similarities({"softmax": fresh})
     said = [runs.read_json(runs.RUNS / f"study-softmax-seed{s}" / "study.json") for s in (0, 1)]
     expected = np.mean([one["kernel_similarity"][1] for one in said])
     assert alike.loc["softmax", "B2"] == pytest.approx(expected)
@@ -186,35 +186,47 @@ def results_of(accuracies: np.ndarray) -> pd.DataFrame:
 
 def test_two_variants_are_compared_as_the_paired_t_test_does() -> None:
     accuracies = np.random.default_rng(0).normal(size=(2, 5)) + np.arange(5)
-    row = study.compare(results_of(accuracies)).loc["variant 1"]
+    row = study.paired(results_of(accuracies), 1).loc["variant 1"]
     book = ttest_rel(accuracies[1], accuracies[0]).confidence_interval(0.95)
     assert (row["low"], row["high"]) == pytest.approx((book.low, book.high))
     assert row["difference"] == pytest.approx(np.mean(accuracies[1] - accuracies[0]))
 
 
-def test_all_seeds_of_all_variants_are_compared_as_the_analysis_of_variance_does() -> None:
-    """By the books' sums of squares, which hold where no run is missing."""
+def test_all_variants_are_compared_as_the_analysis_of_variance_does() -> None:
+    """By the books' sums of squares."""
     accuracies = np.random.default_rng(2).normal(size=(4, 3)) + np.arange(3)
     rest = accuracies - accuracies.mean(1, keepdims=True) - accuracies.mean(0) + accuracies.mean()
-    half = student.ppf(1 - 0.025 / 3, 6) * math.sqrt((rest**2).sum() / 6 * 2 / 3)
-    compared = study.compare(results_of(accuracies))
+    half = student.ppf(1 - 0.025 / 7, 6) * math.sqrt((rest**2).sum() / 6 * 2 / 3)
+    compared = study.paired(results_of(accuracies), 7)
     others = compared.drop(index=study.BASE)
     assert (others["high"] - others["difference"]).tolist() == pytest.approx([half] * 3)
     assert compared.loc[study.BASE, ["difference", "low", "high"]].tolist() == [0, 0, 0]
+    assert compared.index.tolist() == results_of(accuracies)["variant"].unique().tolist()
 
 
-def test_runs_that_are_missing_widen_the_interval_of_their_variant_alone() -> None:
-    """Of three variants, two have seeds 0 to 4, the last only 0 and 1, which were easy ones."""
-    easy = np.array([3.0, 3.0, 0.0, 0.0, 0.0])
-    accuracies = np.random.default_rng(3).normal(size=(3, 5), scale=0.1) + easy
+def test_a_gap_in_the_table_is_named_and_not_filled() -> None:
+    results = results_of(np.zeros((3, 3))).drop(index=4)
+    with pytest.raises(study.StudyError, match="some runs are missing"):
+        study.paired(results, 2)
+
+
+def test_the_first_question_is_judged_by_all_its_seeds_and_the_others_by_the_first() -> None:
+    """Seeds 3 to 7 would move the base and widen what they have no part in."""
+    accuracies = np.random.default_rng(3).normal(size=(6, 8))
+    names = [study.BASE, "two", *study.FIRST_QUESTION, "eight"]
     results = results_of(accuracies)
-    results = results[(results["variant"] != "variant 2") | (results["seed"] < 2)]
-    compared = study.compare(results)
-    paired = np.mean(accuracies[1] - accuracies[0])  # both have all five
-    assert compared.loc["variant 1", "difference"] == pytest.approx(paired)
-    assert abs(compared.loc["variant 2", "difference"]) < 0.5  # not 1.8, as means would say
+    results["variant"] = results["variant"].map(dict(zip(results["variant"].unique(), names)))
+    planned = [row.seed in study.planned_seeds(row.variant) for row in results.itertuples()]
+    compared = study.compare(results[planned])
+    assert compared.index.tolist() == names
+    for number, name in enumerate(names):
+        own = accuracies[[0, number]][:, study.planned_seeds(name)]
+        assert compared.loc[name, "difference"] == pytest.approx(np.mean(own[1] - own[0]))
     half = compared["high"] - compared["difference"]
-    assert half["variant 2"] > half["variant 1"] > 0
+    asked = results["variant"].isin([study.BASE, *study.FIRST_QUESTION])
+    alone = study.paired(results[asked], len(names) - 1)
+    assert half["one"] == pytest.approx((alone["high"] - alone["difference"])["one"])
+    assert half["two"] == half["eight"] != half["one"]
 
 
 def test_only_the_first_question_has_more_seeds() -> None:
@@ -248,7 +260,7 @@ def test_all_intervals_hold_the_truth_at_once_19_times_in_20() -> None:
     chance, held = np.random.default_rng(1), 0
     for _ in range(400):
         seeds, rest = 5 * chance.normal(size=(1, 3)), chance.normal(size=(6, 3))
-        held += bool(study.compare(results_of(seeds + rest))["undecided"].all())
+        held += bool(study.paired(results_of(seeds + rest), 5)["undecided"].all())
     assert 0.93 < held / 400 < 0.99
 
 
