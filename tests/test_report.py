@@ -451,6 +451,21 @@ def test_trainings_that_ended_higher_than_the_result_are_named() -> None:
     assert report.not_chosen(other, 0.9, made) == "", "nobody chose that one"
 
 
+def test_the_pdf_names_the_best_run_beside_the_one_it_shows() -> None:
+    run = runs.read(report.best_run())
+    everywhere = runs.seeds_anywhere(run)
+    best = everywhere.loc[everywhere["test_accuracy"].idxmax()]
+    assert best["run"] != run.name
+    own = f"The network shown here reaches {run.metrics['test_accuracy']:.2%}, and "
+    said = report.best_of(run, everywhere)
+    assert said.startswith(own)
+    assert f"The best of all {len(everywhere)} runs, {best['run']}, reaches" in said
+    alone = everywhere[everywhere["run"] == run.name]
+    assert report.best_of(run, alone).endswith("six views).")
+    itself = report.best_of(runs.read(best["run"]), everywhere)
+    assert itself.endswith("No other run reaches more.")
+
+
 def test_pdf_without_figures_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(report.ReportError, match=r"02_block\.svg is missing"):
         report.make_pdf(runs.read("quick-seed0"), tmp_path, tmp_path / "report.pdf")
