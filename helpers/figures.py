@@ -874,7 +874,8 @@ def gates_by_class(
         upright = shown.shape[1] == 1  # there is room for that
         place.tick_params(axis="x", labelsize=9 if upright else 8, labelrotation=90 * (not upright))
         place.tick_params(axis="y", length=0)
-    drawn.supxlabel("branches, by their kernels (one or two: each with its mean a)", fontsize=11)
+    means_too = ", each with its mean a" if max(widths) <= 2 else ""
+    drawn.supxlabel(f"branches, by their kernels{means_too}", fontsize=11)
     return drawn
 
 

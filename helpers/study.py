@@ -408,17 +408,14 @@ def use_of_a(results: pd.DataFrame) -> pd.DataFrame:
     return means
 
 
-def similarities(fresh: dict[str, BlockNetwork]) -> pd.DataFrame:
+def similarities(fresh: BlockNetwork) -> pd.DataFrame:
     """The mean cosine between the kernels of two branches, a row a variant, a column a block;
     variants of one branch are left out.
 
     Args:
-        fresh: untrained networks of some variants, for the first rows.
+        fresh: an untrained network, for the first row.
     """
-    rows = {
-        f"{variant}, at the start": [evaluation.kernel_similarity(b).item() for b in own.blocks]
-        for variant, own in fresh.items()
-    }
+    rows = {"at the start": [evaluation.kernel_similarity(block).item() for block in fresh.blocks]}
     for variant in variants():
         names = [run_name(variant, seed) for seed in planned_seeds(variant)]
         said = [runs.read_json(runs.RUNS / name / "study.json") for name in names]

@@ -112,12 +112,12 @@ def test_missing_runs_are_run_and_others_passed_over(tiny_study: list[str]) -> N
     assert used.loc["softmax", "another image's"] == pytest.approx(mean)
     assert used["seeds"].tolist() == [2, 2]
     fresh = runs.Settings(**study.planned_parameters("study-softmax-seed0")).network()
-    alike = study.similarities({"softmax": fresh})
+    alike = study.similarities(fresh)
     said = [runs.read_json(runs.RUNS / f"study-softmax-seed{s}" / "study.json") for s in (0, 1)]
     expected = np.mean([one["kernel_similarity"][1] for one in said])
     assert alike.loc["softmax", "B2"] == pytest.approx(expected)
     at_start = evaluation.kernel_similarity(fresh.blocks[1]).item()
-    assert alike.loc["softmax, at the start", "B2"] == pytest.approx(at_start)
+    assert alike.loc["at the start", "B2"] == pytest.approx(at_start)
 
 
 def test_nothing_is_to_learn_from_the_stand_in(
