@@ -193,12 +193,14 @@ def test_plots_are_in_the_notebook_whatever_backend_is_named(
     assert os.environ["MPLBACKEND"] == "agg"
 
 
-def test_plots_in_outputs_are_made_small_and_photographs_keep_their_colours() -> None:
-    """No other output is touched."""
+def test_pictures_in_outputs_are_made_small_and_look_the_same() -> None:
+    """A plot in few colours to the number, photographs nearly, a small red one among many others
+    as well; no other output is touched."""
     row = np.linspace(0, 255, 300).astype(np.uint8)
     photograph = np.stack(np.broadcast_arrays(row[:, None], row, row[::-1]), axis=-1)
     grain = np.random.default_rng(0).integers(8, size=photograph.shape, dtype=np.uint8)
     photograph = photograph ^ grain
+    photograph[:10, :10] = (250, 20, 40)  # rare there
     plot = np.full((300, 300, 3), 255, dtype=np.uint8)
     plot[100:120, :, 0] = 30
     plot[200:] = np.random.default_rng(1).integers(150, size=(100, 300, 1))  # soft edges
@@ -216,8 +218,10 @@ def test_plots_in_outputs_are_made_small_and_photographs_keep_their_colours() ->
         np.asarray(Image.open(io.BytesIO(base64.b64decode(o.data["image/png"]))).convert("RGB"))
         for o in shown
     ]
-    assert (again[0] == photograph).all() and (again[1] == plot).all()
-    assert len(shown[1].data["image/png"]) < sizes[1] / 1.5
+    assert (again[1] == plot).all()
+    off = np.abs(again[0].astype(int) - photograph)
+    assert off.mean() < 10 and off[:10, :10].mean() < 10
+    assert all(len(o.data["image/png"]) < size / 1.5 for o, size in zip(shown, sizes))
 
 
 # ---- stored outputs
