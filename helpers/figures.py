@@ -640,7 +640,7 @@ def accuracy_by_epoch(
         )  # fmt: skip
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes.set(xlabel="epoch", ylabel="accuracy in %")
-    axes.legend(loc="lower right", frameon=True, edgecolor="none", framealpha=1)
+    axes.legend(loc="best", frameon=True, edgecolor="none", framealpha=1)
     return drawn
 
 
