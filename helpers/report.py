@@ -507,6 +507,7 @@ def pdf_content(run: runs.Run) -> dict:
         "result": result_of_seeds(run, here) + on_other_machines(elsewhere),
         "seed": str(settings.seed),
         "best": best_of(run, everywhere) + not_chosen(run, here["test_accuracy"].mean(), others),
+        "last_statistics": last_statistics(),
         "measured": when_measured(parts, [one.history for one in runs.lineage(run)]),
         **{
             name: any(part[name] for part in parts)
@@ -535,7 +536,7 @@ def pdf_content(run: runs.Run) -> dict:
         ],
         "history": [
             [
-                row.run, str(row.n), with_deviation(row), f"{row.minutes:.1f}", row.kind,
+                row.run, row.seeds, with_deviation(row), f"{row.minutes:.1f}", row.kind,
                 f"{evaluation.PUBLISHED_WORK / row.work:,.0f}",
             ]
             for row in made.itertuples()
@@ -650,6 +651,19 @@ def not_chosen(run: runs.Run, accuracy: float, made: pd.DataFrame) -> str:
         f" {', '.join(higher)}, in the history below, ended higher and {was} not made the result "
         "for it, since the test set is to choose nothing."
     )
+
+
+def last_statistics() -> str:
+    """What the two kinds of statistics give the reported network, from the record of
+    `tests/last_statistics.py`; nothing where that is not."""
+    record = runs.BENCHMARKS / "last_statistics.json"
+    if not record.is_file():
+        return ""
+    said = runs.read_json(record)
+    clean, augmented = (
+        said["accuracy"][f"{kind} images"]["test"] for kind in ("clean", "augmented")
+    )
+    return f" ({said['run']} has {clean:.2%} with the former and {augmented:.2%} with the latter)"
 
 
 def with_deviation(row: Any) -> str:

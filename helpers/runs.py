@@ -1030,13 +1030,13 @@ def hardware_of(run: Run) -> list[dict[str, Any]]:
 def by_cost(dataset: str = "cifar10") -> pd.DataFrame:
     """Accuracy and cost of everything that was trained on all training images, a row for each.
 
-    Columns: `run` (without its seed), `n` seeds, mean test `accuracy` and its standard `deviation`
-    (fractions of one), mean `minutes` of training, the `kind` of machine, and `work`, the
-    multiply-adds of a whole training: those of each image forward, as the formula is written, and
-    as many again for each of the two gradients. In the order in which the first seed was finished.
-    Runs on different kinds of machine are rows of their own.
+    Columns: `run` (without its seed), `n` seeds, which `seeds` (as text), mean test `accuracy` and
+    its standard `deviation` (fractions of one), mean `minutes` of training, the `kind` of machine,
+    and `work`, the multiply-adds of a whole training: those of each image forward, as the formula
+    is written, and as many again for each of the two gradients. In the order in which the first
+    seed was finished. Runs on different kinds of machine are rows of their own.
     """
-    columns = ["run", "n", "accuracy", "deviation", "minutes", "kind", "work"]
+    columns = ["run", "n", "seeds", "accuracy", "deviation", "minutes", "kind", "work"]
     rows, known, among = [], [], finished()
     for run in sorted(among, key=lambda one: one.metrics["finished"]):
         config = run.config
@@ -1048,8 +1048,9 @@ def by_cost(dataset: str = "cifar10") -> pd.DataFrame:
         seeds = seeds_of(run, among)
         accuracy, minutes = seeds["test_accuracy"], seeds["train_seconds"] / 60
         name = without_seed(run.name)
-        row = name, len(seeds), accuracy.mean(), accuracy.std(), minutes.mean(), kind_of(run)
-        rows.append((*row, training_work(run)))
+        which = ", ".join(map(str, sorted(seeds["seed"])))
+        found = accuracy.mean(), accuracy.std(), minutes.mean()
+        rows.append((name, len(seeds), which, *found, kind_of(run), training_work(run)))
     return pd.DataFrame(rows, columns=columns)
 
 
