@@ -297,12 +297,12 @@ def compare(results: pd.DataFrame) -> pd.DataFrame:
     Returns:
         as of `paired`, the variants in the order of the table.
     """
-    variants_of_both = results["variant"].drop_duplicates()
+    names = results["variant"].drop_duplicates()
     asked = results[results["variant"].isin([BASE, *FIRST_QUESTION])]
-    number = len(variants_of_both) - 1
+    number = len(names) - 1
     first = paired(asked, number)
     others = paired(results[results["seed"].isin(SEEDS)], number).drop(index=first.index)
-    return pd.concat([first, others]).loc[variants_of_both]
+    return pd.concat([first, others]).loc[names]
 
 
 def paired(results: pd.DataFrame, comparisons: int) -> pd.DataFrame:
