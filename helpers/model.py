@@ -36,6 +36,7 @@ class Rule(NamedTuple):
     # The same over the positions of the map, from which on products of patches come first.
     product: float = math.inf
     widening: float = 1  # factor on `mixing` where out ≥ 2·in
+    sharing: float = 0  # the power of the number of 3×3 branches by which `winograd` is divided
 
 
 # By what a CPU calculates with, measured by `make bench`: the faster its plain convolutions are,
@@ -44,15 +45,18 @@ RULES = {
     ("AVX2", "float32"): Rule(2, "grouped", winograd=24, winograd_a_branch=20),
     ("AVX512", "float32"): Rule(2, "grouped", winograd=70, winograd_a_branch=30),
     ("AVX512", "bfloat16"): Rule(3, "grouped", winograd=math.inf, winograd_a_branch=math.inf),
-    ("AMX", "float32"): Rule(2, "grouped", winograd=60, winograd_a_branch=20, product=30),
+    ("AMX", "float32"): Rule(
+        2, "grouped", winograd=80, winograd_a_branch=20, product=30, sharing=1
+    ),
     ("AMX", "bfloat16"): Rule(
         3, "patches", winograd=math.inf, winograd_a_branch=math.inf, product=4, widening=2
     ),
 }
 MIXING_POSITIONS = 144  # of a map; on smaller ones mixing takes that many times more kernels
-# Numbers that exist at a time in form `patches` and in the mixed kernels (64 MiB, 1 GiB).
+# How much exists at a time: numbers in form `patches`, mixed kernels of images in `grouped`; on a
+# CPU so few that they stay in its caches (with 16 images up to 15 % less time than with 128).
 PATCHES_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
-KERNELS_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}
+GROUPS_AT_ONCE = {"cpu": 16, "cuda": 128}
 TILES_AT_ONCE = 256  # so that what is made of them stays in the cache
 
 
@@ -114,7 +118,7 @@ class IntermediateBlock(nn.Module):
             for each image; and `"winograd"` (3×3 and 1×1 kernels, stride 1), the sum inside
             Winograd's short convolution of tiles.
             `"auto"` takes the cheapest for the shapes at hand. Gradients of gradients can be had
-            of `"branches"` and `"scaled"` only.
+            of `"branches"` only.
 
     Attributes:
         temperature: of the softmax, which is nearly uniform where it is high (arXiv 1912.03458).
@@ -204,16 +208,18 @@ class IntermediateBlock(nn.Module):
         copy the map's patches than to rearrange a kernel for each image; and where blocks widen,
         mixing pays from more branches on, since a is else multiplied with x. Winograd's tiles save
         more than half of the multiplications of 3×3 kernels (in·out), at a price for each channel
-        (in + out): many channels, and against mixed kernels, whose price hardly grows with L, few
-        branches; and more than one branch if the map is not cut into whole tiles. Small maps of
-        many channels go through products, where a CPU's own convolution is slow for them. From
-        where on is in `RULES`, for CPUs. The rest is evaluated as written but for where a is
-        multiplied: with x where that is fewer numbers than the result, else in one pass with what
-        the branches give; on a GPU always the latter, where the former is not measured.
+        (in + out), part of which all branches share: many channels, or several branches, but few
+        against mixed kernels, whose price hardly grows with L; and more than one if the map is not
+        cut into whole tiles. Small maps of many channels go through products, where a CPU's own
+        convolution is slow for them. From where on is in `RULES`, for CPUs. The rest is evaluated
+        as written but for where a is multiplied: with x where that is fewer numbers than the
+        result, else in one pass with what the branches give; on a GPU always the latter, where the
+        former is not measured. On other devices, for which nothing is, all is as written.
         """
         everyone = list(range(len(self.branches)))
         if self.form != "auto" or x.device.type != "cpu":
-            return [("fused" if self.form == "auto" else self.form, everyone)]
+            elsewhere = "fused" if x.device.type == "cuda" else "branches"
+            return [(elsewhere if self.form == "auto" else self.form, everyone)]
         sizes = [branch.kernel_size[0] for branch in self.branches]
         positions = math.ceil(x.shape[2] / self.stride) * math.ceil(x.shape[3] / self.stride)
         rule, kernels = rule_here(), sum(k * k for k in sizes) / max(sizes) ** 2
@@ -225,7 +231,8 @@ class IntermediateBlock(nn.Module):
         mixing = kernels >= rule.mixing * wider * max(1, MIXING_POSITIONS / positions)
         if self.stride == 1 and channels >= rule.product * positions:
             return [("products", everyone)]
-        needed = rule.winograd_a_branch * len(threes) if mixing else rule.winograd
+        alone = rule.winograd / max(1, len(threes)) ** rule.sharing
+        needed = rule.winograd_a_branch * len(threes) if mixing else alone
         plain = "scaled" if x.shape[1:].numel() < out * positions else "fused"
         whole = x.shape[2:] == _whole_tiles(*x.shape[2:])
         if channels >= needed and len(threes) >= (1 if whole else 2):
@@ -239,22 +246,20 @@ class IntermediateBlock(nn.Module):
         a = torch.stack([a[:, l] for l in part], dim=1)  # a list as index would keep a GPU waiting
         if form == "branches":
             return weighted_sum(x, a, branches)
-        if form == "fused":
-            return _WeightedSum.apply(a, *[branch(x) for branch in branches])
-        if form in ("products", "scaled"):
-            terms = sum_of_products if form == "products" else sum_of_scaled
-            return with_biases(terms(x, a, branches), a, branches)
-        kernels, kind = stacked_kernels(branches), x.device.type
+        kind = x.device.type
         coarse = form != "winograd" and torch.is_autocast_enabled(kind)  # its tiles lose more
-        dtype = torch.get_autocast_dtype(kind) if coarse else kernels.dtype
+        dtype = torch.get_autocast_dtype(kind) if coarse else branches[0].weight.dtype
         with torch.autocast(kind, enabled=False):  # own gradients, of one number type
-            x, a, kernels = x.to(dtype), a.to(dtype), kernels.to(dtype)
-            if form == "grouped":
+            x, a = x.to(dtype), a.to(dtype)
+            if form in ("fused", "products", "scaled"):
+                kernels = [branch.weight.to(dtype) for branch in branches]
+                x_new = _SumOfConvolutions.apply(x, a, form, self.stride, *kernels)
+            elif form == "grouped":
+                kernels = stacked_kernels(branches, dtype)
                 x_new = _GroupedConvolution.apply(x, a, kernels, self.stride)
-            elif form == "patches":
-                x_new = _PatchProducts.apply(x, a, kernels)
             else:
-                x_new = _WinogradConvolution.apply(x, a, kernels)
+                mixed = _PatchProducts if form == "patches" else _WinogradConvolution
+                x_new = mixed.apply(x, a, stacked_kernels(branches, dtype))
         return with_biases(x_new, a, branches)
 
 
@@ -312,24 +317,6 @@ def weighted_sum(x: Tensor, a: Tensor, branches: Sequence[nn.Module]) -> Tensor:
     return reduce(torch.add, (s.to(y.dtype) * y for s, y in zip(scales, maps, strict=True)))
 
 
-def sum_of_scaled(x: Tensor, a: Tensor, branches: Sequence[nn.Conv2d]) -> Tensor:
-    """Σ Wₗ∗(aₗ·x), which is Σ aₗ·(Wₗ∗x) without the biases: a is multiplied with the input."""
-    scales = a.to(x.dtype)[:, :, None, None, None].unbind(dim=1)
-    terms = (
-        F.conv2d(scale * x, branch.weight, None, branch.stride, branch.padding)
-        for scale, branch in zip(scales, branches, strict=True)
-    )
-    return reduce(Tensor.add_, terms, next(terms))  # no gradient needs what is written over
-
-
-def sum_of_products(x: Tensor, a: Tensor, branches: Sequence[nn.Conv2d]) -> Tensor:
-    """Σ aₗ·(Wₗ∗x) of stride 1, without the biases, each convolution as one matrix product."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    maps = [_PatchConvolution.apply(x, branch.weight.to(x.dtype)) for branch in branches]
-    return _WeightedSum.apply(a, *maps)
-
-
 def with_biases(x_new: Tensor, a: Tensor, branches: Sequence[nn.Conv2d]) -> Tensor:
     """x′ with Σ aₗ·bₗ added, if the branches have biases bₗ."""
     if branches[0].bias is None:
@@ -338,40 +325,92 @@ def with_biases(x_new: Tensor, a: Tensor, branches: Sequence[nn.Conv2d]) -> Tens
     return x_new + (a @ biases)[:, :, None, None]
 
 
-class _WeightedSum(torch.autograd.Function):
-    """Σ aₗ·yₗ of b×out×h×w maps yₗ, in one pass over each of them, there and back.
+class _SumOfConvolutions(torch.autograd.Function):
+    """Σ aₗ·(Wₗ∗x), one convolution after the other, of which nothing is kept but x.
 
-    Written with `*` and `+`, every product would be a map of its own, written and read again; on
-    large maps that took as long as the convolutions. The maps keep their number type.
+    With `*` and `+`, every product would be a map of its own, kept for the backward pass: memory
+    would grow with L, and on large maps writing and reading it took as long as the convolutions.
+    The backward pass convolves aₗ·x and the gradient of x′ once for each branch, to the gradient of
+    Wₗ and to uₗ, which is the gradient of x′ led back through Wₗ; ⟨x, uₗ⟩ is then that of aₗ, and
+    Σ aₗ·uₗ that of x. The maps keep their number type.
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, *maps: Tensor) -> Tensor:
-        ctx.save_for_backward(a, *maps)
-        scales = a.to(maps[0].dtype)[:, :, None, None, None].unbind(dim=1)
-        total = scales[0] * maps[0]
-        for scale, y in zip(scales[1:], maps[1:], strict=True):
-            total.addcmul_(scale, y)
-        return total
+    def forward(ctx: Any, x: Tensor, a: Tensor, form: str, stride: int, *kernels: Tensor) -> Tensor:
+        ctx.save_for_backward(x, a, *kernels)
+        ctx.form, ctx.stride = form, stride
+        x_new = None
+        for scale, kernel in zip(_scales(a), kernels, strict=True):
+            y = _convolution(scale * x if form == "scaled" else x, kernel, form, stride)
+            if form == "scaled":
+                x_new = y if x_new is None else x_new.add_(y)
+            else:
+                x_new = scale * y if x_new is None else x_new.addcmul_(scale, y)
+        return x_new
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        a, *maps = ctx.saved_tensors
-        flat = grad.permute(0, 2, 3, 1).flatten(1)  # a view, in channels-last memory format
-        grad_a = None
-        if ctx.needs_input_grad[0]:
-            each = [torch.linalg.vecdot(y.permute(0, 2, 3, 1).flatten(1), flat) for y in maps]
-            grad_a = torch.stack(each, dim=1).to(a.dtype)
-        scales = a.to(grad.dtype)[:, :, None, None, None].unbind(dim=1)
-        return grad_a, *[scale * grad for scale in scales]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, *kernels = ctx.saved_tensors
+        to_x, to_a = ctx.needs_input_grad[:2]
+        grad_x, grad_a, grad_kernels = None, torch.empty_like(a), []
+        for l, (scale, kernel) in enumerate(zip(_scales(a), kernels, strict=True)):
+            u, grad_kernel = _convolution_backward(
+                grad, scale * x, kernel, ctx.form, ctx.stride, to_x or to_a
+            )
+            grad_kernels.append(grad_kernel)
+            if to_a:
+                grad_a[:, l] = torch.linalg.vecdot(_flat(x), _flat(u))
+            if to_x:
+                grad_x = scale * u if grad_x is None else grad_x.addcmul_(scale, u)
+        return grad_x, grad_a if to_a else None, None, None, *grad_kernels
 
 
-def stacked_kernels(branches: Sequence[nn.Conv2d]) -> Tensor:
+def _scales(a: Tensor) -> tuple[Tensor, ...]:
+    """The weights a, b×L, as L factors for b×c×h×w maps."""
+    return a[:, :, None, None, None].unbind(dim=1)
+
+
+def _flat(maps: Tensor) -> Tensor:
+    """b×(h·w·c) from b×c×h×w, a view of maps in channels-last memory format."""
+    return maps.permute(0, 2, 3, 1).flatten(1)
+
+
+def _convolution(x: Tensor, kernel: Tensor, form: str, stride: int) -> Tensor:
+    """kernel∗x: by the library, or in form `products` as one product, of stride 1.
+
+    Where maps are small and channels many, oneDNN takes up to three times as long in bfloat16 with
+    AMX (`bench.MIXED`: 384 channels), most of all for the kernel's gradient, which as a product is
+    one more. The k×k patches of all images exist at a time, k² times their maps.
+    """
+    out, _, k, _ = kernel.shape
+    if form != "products":
+        return F.conv2d(x, kernel, None, stride, k // 2)
+    x_new = F.linear(_rows(x, k), kernel.permute(0, 2, 3, 1).reshape(out, -1))
+    return x_new.view(len(x), *x.shape[2:], out).permute(0, 3, 1, 2)
+
+
+def _convolution_backward(
+    grad: Tensor, x: Tensor, kernel: Tensor, form: str, stride: int, to_x: bool
+) -> tuple[Tensor | None, Tensor]:
+    """The gradients of x, if `to_x`, and of the kernel, from that of what `_convolution` gives."""
+    out, c, k, _ = kernel.shape
+    if form != "products":
+        return torch.ops.aten.convolution_backward(
+            grad, x, kernel, None, [stride] * 2, [k // 2] * 2, [1, 1], False, [0, 0], 1,
+            [to_x, True, False],
+        )[:2]  # fmt: skip
+    grad_kernel = (_rows(grad, 1).t() @ _rows(x, k)).view(out, k, k, c).permute(0, 3, 1, 2)
+    turned = kernel.flip(2, 3).transpose(0, 1)
+    return _convolution(grad, turned, form, stride) if to_x else None, grad_kernel
+
+
+def stacked_kernels(branches: Sequence[nn.Conv2d], dtype: torch.dtype) -> Tensor:
     """The branches' kernels, L×out×in×k×k (k the largest; smaller ones zero-padded)."""
     largest = max(branch.kernel_size[0] for branch in branches)
     rims = [(largest - branch.kernel_size[0]) // 2 for branch in branches]
-    return torch.stack([F.pad(b.weight, (rim,) * 4) for b, rim in zip(branches, rims, strict=True)])
+    kernels = (branch.weight.to(dtype) for branch in branches)
+    return torch.stack([F.pad(w, (rim,) * 4) for w, rim in zip(kernels, rims, strict=True)])
 
 
 class _GroupedConvolution(torch.autograd.Function):
@@ -387,14 +426,14 @@ class _GroupedConvolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, a: Tensor, weight: Tensor, stride: int) -> Tensor:
         ctx.save_for_backward(x, a, weight)
         ctx.stride = stride
-        maps = []
-        for part in _parts(len(x), KERNELS_AT_ONCE[x.device.type] // weight[0].numel()):
+        (h, w), out = x.shape[2:], weight.shape[1]
+        x_new = x.new_empty(len(x), -(-h // stride), -(-w // stride), out).permute(0, 3, 1, 2)
+        for part in _parts(len(x), GROUPS_AT_ONCE[x.device.type]):
             kernels = (a[part] @ weight.flatten(1)).view(-1, *weight.shape[2:])
             groups, padding = len(a[part]), weight.shape[3] // 2
             y = F.conv2d(_side_by_side(x[part]), kernels, None, stride, padding, 1, groups)
-            maps.append(y.view(groups, -1, *y.shape[2:]))
-        together = torch.cat(maps) if len(maps) > 1 else maps[0]
-        return together.contiguous(memory_format=torch.channels_last)
+            x_new[part] = y.view(groups, out, *y.shape[2:])
+        return x_new
 
     @staticmethod
     @once_differentiable
@@ -402,7 +441,7 @@ class _GroupedConvolution(torch.autograd.Function):
         x, a, weight = ctx.saved_tensors
         bank, padding = weight.flatten(1), weight.shape[3] // 2
         grad_x, grad_a, grad_bank = torch.empty_like(x), torch.empty_like(a), torch.zeros_like(bank)
-        for part in _parts(len(x), KERNELS_AT_ONCE[x.device.type] // weight[0].numel()):
+        for part in _parts(len(x), GROUPS_AT_ONCE[x.device.type]):
             groups = len(a[part])
             y, kernels = _side_by_side(x[part]), (a[part] @ bank).view(-1, *weight.shape[2:])
             grad_y, grad_kernels, _ = torch.ops.aten.convolution_backward(
@@ -424,75 +463,42 @@ class _PatchProducts(torch.autograd.Function):
     The patches are the rows of a matrix positions×(k²·c), a mixed kernel is one (k²·c)×out. Back to
     x it is the same with the patches of the gradient and kernels turned by 180°. No kernel has to
     be rearranged for each image, as a convolution's is. Patches and kernels are made for a few
-    images at a time, and again in the backward pass.
+    images at a time, and again in the backward pass; x alone is kept for it.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, weight: Tensor) -> Tensor:
         (out, k), (h, w) = (weight.shape[1], weight.shape[3]), x.shape[2:]
-        padded, bank = _rimmed(x, k // 2), weight.permute(0, 3, 4, 2, 1).flatten(1)
-        x_new = x.new_empty(len(x), h, w, out)
+        bank, x_new = weight.permute(0, 3, 4, 2, 1).flatten(1), x.new_empty(len(x), h, w, out)
         at_once = PATCHES_AT_ONCE[x.device.type] // (h * w * weight[0, 0].numel())
         for part in _parts(len(x), at_once):
-            patches = _patches(padded[part], k)
+            patches = _patches(_rimmed(x[part], k // 2), k)
             kernels = (a[part] @ bank).view(len(patches), -1, out)
             torch.bmm(patches, kernels, out=x_new[part].view(len(patches), h * w, out))
-        ctx.save_for_backward(padded, a, weight)
+        ctx.save_for_backward(x, a, weight)
         return x_new.permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        padded, a, weight = ctx.saved_tensors
+        x, a, weight = ctx.saved_tensors
         (L, out, c, k, _), (b, _, h, w) = weight.shape, grad.shape
         bank = weight.permute(0, 3, 4, 2, 1).flatten(1)
         turned = weight.flip(3, 4).permute(0, 3, 4, 1, 2).flatten(1)
-        rimmed, grad_x = _rimmed(grad, k // 2), grad.new_empty(b, h, w, c)
-        grad = grad.permute(0, 2, 3, 1).reshape(b, h * w, out)
+        rows, grad_x = grad.permute(0, 2, 3, 1).reshape(b, h * w, out), grad.new_empty(b, h, w, c)
         grad_a, grad_bank = torch.empty_like(a), torch.zeros_like(bank)
         for part in _parts(b, PATCHES_AT_ONCE[grad.device.type] // (h * w * k * k * max(c, out))):
             images = len(a[part])
-            patches = _patches(padded[part], k)
-            grad_kernels = torch.bmm(patches.transpose(1, 2), grad[part]).view(images, -1)
+            patches = _patches(_rimmed(x[part], k // 2), k)
+            grad_kernels = torch.bmm(patches.transpose(1, 2), rows[part]).view(images, -1)
             grad_bank.addmm_(a[part].t(), grad_kernels)
             grad_a[part] = (bank @ grad_kernels.t()).t()  # twice as quick as the other way round
             if ctx.needs_input_grad[0]:
                 kernels = (a[part] @ turned).view(images, -1, c)
                 to_x = grad_x[part].view(images, h * w, c)
-                torch.bmm(_patches(rimmed[part], k), kernels, out=to_x)
+                torch.bmm(_patches(_rimmed(grad[part], k // 2), k), kernels, out=to_x)
         grad_x = grad_x.permute(0, 3, 1, 2) if ctx.needs_input_grad[0] else None
         return grad_x, grad_a, grad_bank.view(L, k, k, c, out).permute(0, 4, 3, 1, 2)
-
-
-class _PatchConvolution(torch.autograd.Function):
-    """W∗x of stride 1 as one product, of the k×k patches of all images and the kernels.
-
-    Where maps are small and channels many, oneDNN takes up to three times as long in bfloat16 with
-    AMX (`bench.MIXED`: 384 channels), most of all for the gradient of W, which here is a product
-    too. The patches of the whole batch exist at a time, k² times its maps.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _product(x, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
-        x, weight = ctx.saved_tensors
-        out, c, k, _ = weight.shape
-        grad_weight = _rows(grad, 1).t() @ _rows(x, k)
-        turned = weight.flip(2, 3).transpose(0, 1)
-        grad_x = _product(grad, turned) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_weight.view(out, k, k, c).permute(0, 3, 1, 2)
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """weight∗x, b×out×h×w in channels-last memory format."""
-    out, _, k, _ = weight.shape
-    x_new = F.linear(_rows(x, k), weight.permute(0, 2, 3, 1).reshape(out, -1))
-    return x_new.view(len(x), *x.shape[2:], out).permute(0, 3, 1, 2)
 
 
 def _rows(x: Tensor, k: int) -> Tensor:
@@ -558,41 +564,39 @@ class _WinogradConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, weight: Tensor) -> Tensor:
-        (L, out, c), (h, w) = weight.shape[:3], x.shape[2:]
-        to_x_new, from_x, from_weight = _tile_transforms(x.dtype, x.device)
-        U = (from_weight @ weight.permute(3, 4, 0, 2, 1).reshape(9, -1)).view(36, L * c, out)
-        padded = _padded(x, rim=1)
+        out, (h, w) = weight.shape[1], x.shape[2:]
+        to_x_new, from_x, _ = _tile_transforms(x.dtype, x.device)
+        U = _transformed(weight)
         x_new = x.new_empty(len(x), *_whole_tiles(h, w), out)
         for part in _parts(len(x), TILES_AT_ONCE // _tiles_of(h, w)):
-            V = _weighted(_apply(from_x, _cut(padded[part], 6)), a[part])
+            V = _weighted(_apply(from_x, _cut(_padded(x[part], rim=1), 6)), a[part])
             products = torch.bmm(V.transpose(0, 1), U)  # 36×tiles×out
             _join(_apply(to_x_new, products.transpose(0, 1)), x_new[part])
-        ctx.save_for_backward(padded, a, U)
-        ctx.size = (h, w)
+        ctx.save_for_backward(x, a, weight)
         return x_new[:, :h, :w].permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        padded, a, U = ctx.saved_tensors
-        (h, w), L, c = ctx.size, a.shape[1], padded.shape[3]
-        to_x_new, from_x, from_weight = _tile_transforms(padded.dtype, padded.device)
-        grad = _padded(grad, rim=0)
-        grad_padded = torch.zeros_like(padded)
+        x, a, weight = ctx.saved_tensors
+        (h, w), (L, _, c) = x.shape[2:], weight.shape[:3]
+        to_x_new, from_x, from_weight = _tile_transforms(x.dtype, x.device)
+        U, grad_x = _transformed(weight), x.new_empty(len(x), h, w, c)
         grad_U, grad_a = torch.zeros_like(U), torch.empty_like(a)
         for part in _parts(len(a), TILES_AT_ONCE // _tiles_of(h, w)):
-            images = len(a[part])
-            grad_products = _apply(to_x_new.t(), _cut(grad[part], 4)).transpose(0, 1)
-            V = _apply(from_x, _cut(padded[part], 6))
+            images, padded = len(a[part]), _padded(x[part], rim=1)
+            grad_products = _apply(to_x_new.t(), _cut(_padded(grad[part], rim=0), 4))
+            grad_products, V = grad_products.transpose(0, 1), _apply(from_x, _cut(padded, 6))
             grad_U.baddbmm_(_weighted(V, a[part]).permute(1, 2, 0), grad_products)
             grad_V = torch.bmm(grad_products, U.transpose(1, 2))  # 36×tiles×(L·c), weighted
             grad_V = grad_V.view(36, images, -1, L, c).permute(1, 3, 2, 0, 4).reshape(images, L, -1)
             grad_a[part] = torch.bmm(grad_V, V.view(images, -1, 1))[:, :, 0]
             grad_V = torch.bmm(a[part][:, None], grad_V).view_as(V)
-            _add(_apply(from_x.t(), grad_V), grad_padded[part])
+            grad_padded = torch.zeros_like(padded)
+            _add(_apply(from_x.t(), grad_V), grad_padded)
+            grad_x[part] = grad_padded[:, 1 : h + 1, 1 : w + 1]
         grad_weight = (from_weight.t() @ grad_U.view(36, -1)).view(3, 3, L, c, -1)
-        grad_x = grad_padded[:, 1 : h + 1, 1 : w + 1].permute(0, 3, 1, 2)
-        return grad_x, grad_a, grad_weight.permute(2, 4, 3, 0, 1)
+        return grad_x.permute(0, 3, 1, 2), grad_a, grad_weight.permute(2, 4, 3, 0, 1)
 
 
 @cache
@@ -600,6 +604,17 @@ def _tile_transforms(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, 
     """The transforms of whole tiles: 16×36 to x′, 36×36 from x and 36×9 from W."""
     A, B, G = winograd_matrices()
     return tuple(torch.kron(m, m).to(device, dtype) for m in (A.t(), B.t(), G))
+
+
+def _transformed(weight: Tensor) -> Tensor:
+    """36×(L·c)×out: the L×out×c×3×3 kernels at the 36 places of a tile.
+
+    Four times as many numbers, and soon made again: they are not kept for the backward pass.
+    """
+    L, out, c = weight.shape[:3]
+    from_weight = _tile_transforms(weight.dtype, weight.device)[2]
+    places = from_weight @ weight.permute(3, 4, 0, 2, 1).reshape(9, -1)
+    return places.view(36, L * c, out)
 
 
 def _apply(transform: Tensor, tiles: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """The block is the sheet's formula, in every form; the networks are what they say they are."""
 
 import itertools
+from functools import partial
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -36,6 +38,7 @@ SHAPES = [
     (2, (3, 1), 1, (9, 13), "softmax"),
     (8, 3, 2, (1, 1), "sigmoid"),
 ]
+SUMS = ("fused", "scaled", "products")  # one convolution after the other
 FAST = tuple(form for form in model.FORMS if form != "branches")
 
 
@@ -52,7 +55,7 @@ CASES = [(shape, form) for shape in SHAPES for form in model.FORMS if possible(s
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """So few images at a time that batches of 11 are several parts and a rest."""
-    for name, numbers in (("KERNELS_AT_ONCE", 4 * 3 * 4 * 9), ("PATCHES_AT_ONCE", 4 * 9 * 4 * 36)):
+    for name, numbers in (("GROUPS_AT_ONCE", 4), ("PATCHES_AT_ONCE", 4 * 9 * 4 * 36)):
         monkeypatch.setattr(model, name, dict.fromkeys(("cpu", "cuda"), numbers))
     monkeypatch.setattr(model, "TILES_AT_ONCE", 16)
 
@@ -191,12 +194,31 @@ def test_patch_products_pass_gradcheck(L, k):
     assert gradcheck(model._PatchProducts.apply, L, k)
 
 
+@pytest.mark.parametrize(("form", "stride"), [*itertools.product(SUMS, [1]), ("scaled", 2)])
 @pytest.mark.parametrize("k", [1, 3, 5])
-def test_patch_convolution_passes_gradcheck(k):
+def test_sum_of_convolutions_passes_gradcheck(k, form, stride):
+    def evaluate(x, a, kernels):
+        return model._SumOfConvolutions.apply(x, a, form, stride, *kernels)
+
+    assert gradcheck(evaluate, 3, k)
+
+
+@pytest.mark.parametrize("form", SUMS)
+@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=2)))
+def test_sum_of_convolutions_gives_the_gradients_that_are_asked_for(form, needed):
+    """As where x is the images', or a the same for all."""
     torch.manual_seed(0)
-    x, weight = torch.randn(2, 3, 4, 3).double(), torch.randn(2, 3, k, k).double()
-    inputs = [x.requires_grad_(), weight.requires_grad_()]
-    assert torch.autograd.gradcheck(model._PatchConvolution.apply, inputs)
+    x, a, kernel = torch.randn(2, 3, 4, 4), torch.rand(2, 1), torch.randn(3, 3, 3, 3)
+    inputs = [x.requires_grad_(needed[0]), a.requires_grad_(needed[1]), kernel.requires_grad_()]
+    expected = a[:, :, None, None] * F.conv2d(x, kernel, padding=1)
+    asked = [each for each in inputs if each.requires_grad]
+    gradients = torch.autograd.grad((expected**2).sum(), asked)
+    value = model._SumOfConvolutions.apply(x, a, form, 1, kernel)
+    assert_close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    assert_close(value, expected)
+    measured = torch.autograd.grad((value**2).sum(), asked)
+    for ours, known in zip(measured, gradients, strict=True):
+        assert_close(ours, known)
 
 
 @pytest.mark.parametrize("L", [1, 3])
@@ -211,7 +233,7 @@ def test_winograds_matrices_convolve_four_outputs_with_six_products():
     torch.testing.assert_close(A.t() @ ((G @ w) * (B.t() @ d)), plain)
 
 
-@pytest.mark.parametrize("form", ["fused", "products", "grouped", "patches", "winograd"])
+@pytest.mark.parametrize("form", [*SUMS, "grouped", "patches", "winograd"])
 def test_fast_forms_refuse_a_second_derivative(form):
     block, x = block_of(SHAPES[1], form), random_maps(SHAPES[1])
     (gradient,) = torch.autograd.grad((block(x) ** 2).sum(), x, create_graph=True)
@@ -219,8 +241,9 @@ def test_fast_forms_refuse_a_second_derivative(form):
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("form", ["grouped", "patches", "winograd"])
+@pytest.mark.parametrize("form", [*SUMS, "grouped", "patches", "winograd"])
 def test_nothing_that_grows_with_images_times_branches_is_kept(form):
+    """For the backward pass: x, the kernels once more where they are stacked, and small things."""
     b, c, out, L = 64, 16, 16, 4
     block = IntermediateBlock(c, out, L, form=form)
     saved = {}  # by memory, since parameters and views of them are saved more than once
@@ -231,10 +254,9 @@ def test_nothing_that_grows_with_images_times_branches_is_kept(form):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         block(torch.randn(b, c, 8, 8))
-    padded_x, kernels = 4 * b * c * 10 * 10, 4 * L * out * c * 36  # transformed: 36 numbers for 9
-    kernels_of_images = 4 * b * out * c * 9
-    assert sum(saved.values()) < padded_x + 2 * kernels + 4 * b * (c + 10 * L) + 10_000
-    assert max(saved.values()) <= padded_x < kernels_of_images
+    x, kernels, small = 4 * b * c * 8 * 8, 4 * L * out * c * 9, 4 * b * (c + 10 * L) + 10_000
+    assert max(saved.values()) == x > kernels, "no map, nor a kernel for each image, but x itself"
+    assert sum(saved.values()) < x + 2 * kernels + small
 
 
 # ---- the gate, and the defects of other answers
@@ -313,10 +335,9 @@ def test_each_image_has_its_own_a():
         torch.testing.assert_close(block(x), alone)
 
 
-@pytest.mark.parametrize("form", ["branches", "fused"])
 @pytest.mark.parametrize("L", [1, 2, 5])
-def test_every_branch_is_called_once_and_with_the_same_x(L, form):
-    block = IntermediateBlock(3, 3, L, form=form)  # an output would do as another's input
+def test_every_branch_is_called_once_and_with_the_same_x(L):
+    block = IntermediateBlock(3, 3, L, form="branches")  # an output would do as another's input
     received = {l: [] for l in range(L)}
     for l, branch in enumerate(block.branches):
         branch.register_forward_hook(lambda _, inputs, __, l=l: received[l].append(inputs[0]))
@@ -449,6 +470,14 @@ def test_auto_mixes_more_branches_only_where_a_block_widens_with_amx(monkeypatch
         assert parts_of(16, (3,) * L, channels=(32, 64)) == [("grouped", list(range(L)))]
 
 
+def test_auto_takes_winograd_for_fewer_channels_the_more_branches_with_amx(monkeypatch):
+    monkeypatch.setattr(model, "instructions", lambda: "AMX")
+    for L, form in ((1, "fused"), (2, "winograd"), (4, "winograd")):
+        assert parts_of(8, (3,) * L, channels=(96, 96)) == [(form, list(range(L)))]
+    for L, form in ((1, "fused"), (2, "fused"), (4, "winograd")):
+        assert parts_of(8, (3,) * L, channels=(64, 64)) == [(form, list(range(L)))]
+
+
 def test_auto_takes_winograd_with_avx512_for_more_channels_yet(monkeypatch):
     monkeypatch.setattr(model, "instructions", lambda: "AVX512")
     assert parts_of(8, (3, 3)) == [("fused", [0, 1])]
@@ -472,7 +501,7 @@ def test_auto_in_bfloat16_mixes_three_kernels_and_never_takes_winograd(here, mix
         assert parts_of(16, (3, 3, 3), stride=2) == [("fused", [0, 1, 2])]
 
 
-@pytest.mark.parametrize("form", ["fused", "scaled", "products", "grouped", "patches"])
+@pytest.mark.parametrize("form", [*SUMS, "grouped", "patches"])
 def test_maps_stay_in_bfloat16_under_autocast(form):
     block = IntermediateBlock(8, 8, 3, bias=False, form=form)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -480,7 +509,9 @@ def test_maps_stay_in_bfloat16_under_autocast(form):
 
 
 def test_auto_chooses_on_a_cpu_only():
-    assert parts_of(32, (3, 3, 3, 3), device="meta") == [("fused", [0, 1, 2, 3])]
+    assert parts_of(32, (3, 3, 3, 3), device="meta") == [("branches", [0, 1, 2, 3])]
+    on_gpu = SimpleNamespace(shape=(1, 128, 32, 32), device=torch.device("cuda"))
+    assert IntermediateBlock(128, 128, 4).parts(on_gpu) == [("fused", [0, 1, 2, 3])]
     for form in set(model.FORMS) - {"auto"}:
         block = IntermediateBlock(3, 4, 2, form=form)
         for size in (1, 32):

@@ -31,6 +31,7 @@ CITED = {
 }
 PERCENTAGE = re.compile(r"(\d+\.\d+ ± \d+\.\d+|\d+(?:\.\d+)?) ?%")
 MINUTES = re.compile(r"(\d+\.\d+(?: ± \d+\.\d+)?) minutes")
+READMES = ["README.md", "notebooks/runs/README.md"]
 NOTEBOOKS = [f"notebooks/{name}.ipynb" for name in report.SEQUENCE]
 
 
@@ -77,7 +78,12 @@ def prose(path: Path) -> str:
     return "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
 
 
-@pytest.mark.parametrize("name", ["README.md", *NOTEBOOKS])
+def readmes() -> str:
+    """The README and that of the records, on one line."""
+    return " ".join(" ".join(prose(ROOT / name) for name in READMES).split())
+
+
+@pytest.mark.parametrize("name", [*READMES, *NOTEBOOKS])
 def test_a_number_without_a_record_fails(name: str) -> None:
     accuracies, minutes = recorded()
     text = prose(ROOT / name)
@@ -106,7 +112,7 @@ def test_the_readme_begins_with_the_results_on_record() -> None:
 
 def test_the_readme_states_the_study() -> None:
     """The differences that it names with their intervals, and that chance does not explain them."""
-    results, text = study.table(), " ".join(prose(ROOT / "README.md").split())
+    results, text = study.table(), readmes()
     compared = study.compare(results)
     stated = re.findall(r"([+−]\d\.\d\d) ± (\d\.\d\d)", text)
     behind = 100 * compared["difference"]["linear"]
@@ -161,7 +167,7 @@ def test_the_readmes_ratios_are_those_of_the_records() -> None:
     assert round(2 * here.median()) == 5
     assert runs.latest_benchmark().name == "AMX", "here is where was measured last"
     assert "takes about two and a half times as long as one here" in prose(ROOT / NOTEBOOKS[1])
-    text = " ".join(prose(ROOT / "README.md").split())
+    text = readmes()
     tried = runs.benchmark("tried").set_index("tried")["ratio"]
     assert tried["blocks as written"] == pytest.approx(1, abs=0.15), "about as long as written"
     full = runs.benchmark("full").query("form == 'auto'").set_index("size")["ratio"]
@@ -179,7 +185,7 @@ def test_the_readmes_ratios_are_those_of_the_records() -> None:
 
 
 def test_the_readme_states_the_arithmetic_of_the_trainings() -> None:
-    text = " ".join(prose(ROOT / "README.md").split())
+    text = readmes()
     made = {name: runs.read(f"{name}-seed0") for name in ("quick", "hour", "wide-blocks", "full")}
     flop = {name: 2 * runs.training_work(run) for name, run in made.items()}
     assert (
@@ -199,7 +205,7 @@ def test_the_readme_states_the_arithmetic_of_the_trainings() -> None:
 
 
 def test_the_readme_states_what_was_measured_on_a_gpu() -> None:
-    text = " ".join(prose(ROOT / "README.md").split())
+    text = readmes()
     shares = gpu_convolutions()
     assert f"Convolutions are {shares['full']:.0%} of".replace("%", " %") in text
     assert f"step of `full`, and {shares['quick']:.0%} in".replace("%", " %") in text
@@ -234,7 +240,7 @@ def test_the_readme_states_what_the_last_statistics_gave() -> None:
     assert augmented["test"] == runs.read(said["run"]).metrics["test_accuracy"]
     before, after = (runs.read(f"{name}-seed0").metrics for name in ("restarted", "full"))
     gained = 100 * (after["test_accuracy"] - before["test_accuracy"])
-    text = " ".join(prose(ROOT / "README.md").split())
+    text = readmes()
     for among, images in (
         ("training", "10,000 of its training images"),
         ("test", "the test images"),
