@@ -53,10 +53,11 @@ RULES = {
     ),
 }
 MIXING_POSITIONS = 144  # of a map; on smaller ones mixing takes that many times more kernels
-# How much exists at a time: numbers in form `patches`, mixed kernels of images in `grouped`; on a
-# CPU so few that they stay in its caches (with 16 images up to 15 % less time than with 128).
+# Numbers that exist at a time in form `patches` and in the mixed kernels of `grouped`: on a CPU so
+# few that they stay in its caches, but those of a few images, so that there is enough to do.
 PATCHES_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
-GROUPS_AT_ONCE = {"cpu": 16, "cuda": 128}
+KERNELS_AT_ONCE = {"cpu": 2**19, "cuda": 2**28}
+GROUPS_AT_LEAST = 16
 TILES_AT_ONCE = 256  # so that what is made of them stays in the cache
 
 
@@ -428,7 +429,7 @@ class _GroupedConvolution(torch.autograd.Function):
         ctx.stride = stride
         (h, w), out = x.shape[2:], weight.shape[1]
         x_new = x.new_empty(len(x), -(-h // stride), -(-w // stride), out).permute(0, 3, 1, 2)
-        for part in _parts(len(x), GROUPS_AT_ONCE[x.device.type]):
+        for part in _grouped_parts(x, weight):
             kernels = (a[part] @ weight.flatten(1)).view(-1, *weight.shape[2:])
             groups, padding = len(a[part]), weight.shape[3] // 2
             y = F.conv2d(_side_by_side(x[part]), kernels, None, stride, padding, 1, groups)
@@ -441,7 +442,7 @@ class _GroupedConvolution(torch.autograd.Function):
         x, a, weight = ctx.saved_tensors
         bank, padding = weight.flatten(1), weight.shape[3] // 2
         grad_x, grad_a, grad_bank = torch.empty_like(x), torch.empty_like(a), torch.zeros_like(bank)
-        for part in _parts(len(x), GROUPS_AT_ONCE[x.device.type]):
+        for part in _grouped_parts(x, weight):
             groups = len(a[part])
             y, kernels = _side_by_side(x[part]), (a[part] @ bank).view(-1, *weight.shape[2:])
             grad_y, grad_kernels, _ = torch.ops.aten.convolution_backward(
@@ -517,6 +518,11 @@ def _patches(rimmed: Tensor, k: int) -> Tensor:
     """The k×k patches of rimmed b×h×w×c maps, at stride 1: b×positions×(k²·c)."""
     views = rimmed.unfold(1, k, 1).unfold(2, k, 1)  # b×rows×columns×c×k×k
     return views.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(1, 2)
+
+
+def _grouped_parts(x: Tensor, weight: Tensor) -> list[slice]:
+    at_once = KERNELS_AT_ONCE[x.device.type] // weight[0].numel()
+    return _parts(len(x), max(GROUPS_AT_LEAST, at_once))
 
 
 def _parts(images: int, at_once: int) -> list[slice]:

@@ -55,8 +55,9 @@ CASES = [(shape, form) for shape in SHAPES for form in model.FORMS if possible(s
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """So few images at a time that batches of 11 are several parts and a rest."""
-    for name, numbers in (("GROUPS_AT_ONCE", 4), ("PATCHES_AT_ONCE", 4 * 9 * 4 * 36)):
+    for name, numbers in (("KERNELS_AT_ONCE", 4 * 3 * 4 * 9), ("PATCHES_AT_ONCE", 4 * 9 * 4 * 36)):
         monkeypatch.setattr(model, name, dict.fromkeys(("cpu", "cuda"), numbers))
+    monkeypatch.setattr(model, "GROUPS_AT_LEAST", 1)
     monkeypatch.setattr(model, "TILES_AT_ONCE", 16)
 
 
