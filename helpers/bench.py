@@ -386,6 +386,7 @@ def fresh_process(measure: Callable, options: dict[str, Any]) -> Any:
 
 def peak(L: int, form: str) -> float:
     """The largest memory of this process, which does one step, in MiB; or of the GPU."""
+    runs.give_back_freed_memory()
     step = step_of(512, form, branches=L, kernel_size=3)
     if device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -364,11 +364,22 @@ def keep_freed_memory() -> None:
 
     By default every large tensor is a fresh mapping, whose pages the system has to clear.
     """
+    most_mappings, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD in malloc.h
+    _mallopt({most_mappings: 0, trim_threshold: 2**31 - 1})
+
+
+def give_back_freed_memory() -> None:
+    """Let glibc give the memory of every freed tensor back at once (elsewhere, do nothing), so that
+    a process has what it needs and no reserve, which would differ from one to the next."""
+    mapping_threshold = -3  # M_MMAP_THRESHOLD
+    _mallopt({mapping_threshold: 2**16})
+
+
+def _mallopt(options: dict[int, int]) -> None:
     if sys.platform.startswith("linux"):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
-        most_mappings, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD in malloc.h
-        mallopt(most_mappings, 0)
-        mallopt(trim_threshold, 2**31 - 1)
+        for option, value in options.items():
+            mallopt(option, value)
 
 
 def training_parts(images: ImageData, settings: Settings) -> tuple[ImageSet, ImageSet | None]:
