@@ -156,7 +156,7 @@ def test_memory_grows_with_the_branches_as_the_parameters_do() -> None:
         copies = (12 + 2) * (learned[L] - learned[1]) / 2**20
         assert memory["auto"][L] - memory["auto"][1] < copies + 1
         assert memory["branches"][L] - memory["branches"][1] > 5 * copies
-    assert "no more than the parameters and a copy of the kernels" in readmes()
+    assert "the parameters with their gradients and momenta, and a copy of the kernels" in readmes()
 
 
 def test_the_readmes_ratios_are_those_of_the_records() -> None:
