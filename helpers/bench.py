@@ -385,7 +385,8 @@ def fresh_process(measure: Callable, options: dict[str, Any]) -> Any:
 
 
 def peak(L: int, form: str) -> float:
-    """The largest memory of this process, which does one step, in MiB; or of the GPU."""
+    """The largest memory that this process needs for one step, in MiB, without the reserves that a
+    training keeps; or that of the GPU."""
     runs.give_back_freed_memory()
     step = step_of(512, form, branches=L, kernel_size=3)
     if device().type == "cuda":

@@ -36,17 +36,18 @@ class Rule(NamedTuple):
     # The same over the positions of the map, from which on products of patches come first.
     product: float = math.inf
     widening: float = 1  # factor on `mixing` where out ≥ 2·in
-    sharing: float = 0  # the power of the number of 3×3 branches by which `winograd` is divided
+    shared: bool = False  # whether `winograd` is divided by the number of 3×3 branches
 
 
 # By what a CPU calculates with, measured by `make bench`: the faster its plain convolutions are,
-# the less can be saved on them.
+# the less can be saved on them. (AVX2 and AVX512 have not been measured since mixed kernels are
+# made for so few images at a time, nor was `shared` tried there.)
 RULES = {
     ("AVX2", "float32"): Rule(2, "grouped", winograd=24, winograd_a_branch=20),
     ("AVX512", "float32"): Rule(2, "grouped", winograd=70, winograd_a_branch=30),
     ("AVX512", "bfloat16"): Rule(3, "grouped", winograd=math.inf, winograd_a_branch=math.inf),
     ("AMX", "float32"): Rule(
-        2, "grouped", winograd=80, winograd_a_branch=20, product=30, sharing=1
+        2, "grouped", winograd=80, winograd_a_branch=20, product=30, shared=True
     ),
     ("AMX", "bfloat16"): Rule(
         3, "patches", winograd=math.inf, winograd_a_branch=math.inf, product=4, widening=2
@@ -54,10 +55,10 @@ RULES = {
 }
 MIXING_POSITIONS = 144  # of a map; on smaller ones mixing takes that many times more kernels
 # Numbers that exist at a time in form `patches` and in the mixed kernels of `grouped`: on a CPU so
-# few that they stay in its caches, but those of a few images, so that there is enough to do.
+# few that they stay in its caches, if that leaves enough images to convolve in one call.
 PATCHES_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
 KERNELS_AT_ONCE = {"cpu": 2**19, "cuda": 2**28}
-GROUPS_AT_LEAST = 16
+GROUPS_AT_LEAST = 16  # images, in form `grouped`
 TILES_AT_ONCE = 256  # so that what is made of them stays in the cache
 
 
@@ -118,8 +119,8 @@ class IntermediateBlock(nn.Module):
             with its own kernel, (Σ aₗ·Wₗ)∗x; `"patches"` (stride 1), the same as one matrix product
             for each image; and `"winograd"` (3×3 and 1×1 kernels, stride 1), the sum inside
             Winograd's short convolution of tiles.
-            `"auto"` takes the cheapest for the shapes at hand. Gradients of gradients can be had
-            of `"branches"` only.
+            `"auto"` takes the cheapest for the shapes at hand. Only in `"branches"` are the
+            branches called as modules (with their hooks), and can gradients of gradients be had.
 
     Attributes:
         temperature: of the softmax, which is nearly uniform where it is high (arXiv 1912.03458).
@@ -215,12 +216,13 @@ class IntermediateBlock(nn.Module):
         convolution is slow for them. From where on is in `RULES`, for CPUs. The rest is evaluated
         as written but for where a is multiplied: with x where that is fewer numbers than the
         result, else in one pass with what the branches give; on a GPU always the latter, where the
-        former is not measured. On other devices, for which nothing is, all is as written.
+        former is not measured. On devices other than these two all is evaluated as written.
         """
-        everyone = list(range(len(self.branches)))
-        if self.form != "auto" or x.device.type != "cpu":
-            elsewhere = "fused" if x.device.type == "cuda" else "branches"
-            return [(elsewhere if self.form == "auto" else self.form, everyone)]
+        everyone, device = list(range(len(self.branches))), x.device.type
+        if device not in ("cpu", "cuda"):
+            return [("branches", everyone)]
+        if self.form != "auto" or device == "cuda":
+            return [("fused" if self.form == "auto" else self.form, everyone)]
         sizes = [branch.kernel_size[0] for branch in self.branches]
         positions = math.ceil(x.shape[2] / self.stride) * math.ceil(x.shape[3] / self.stride)
         rule, kernels = rule_here(), sum(k * k for k in sizes) / max(sizes) ** 2
@@ -232,8 +234,9 @@ class IntermediateBlock(nn.Module):
         mixing = kernels >= rule.mixing * wider * max(1, MIXING_POSITIONS / positions)
         if self.stride == 1 and channels >= rule.product * positions:
             return [("products", everyone)]
-        alone = rule.winograd / max(1, len(threes)) ** rule.sharing
-        needed = rule.winograd_a_branch * len(threes) if mixing else alone
+        needed = rule.winograd / (max(1, len(threes)) if rule.shared else 1)
+        if mixing:
+            needed = rule.winograd_a_branch * len(threes)
         plain = "scaled" if x.shape[1:].numel() < out * positions else "fused"
         whole = x.shape[2:] == _whole_tiles(*x.shape[2:])
         if channels >= needed and len(threes) >= (1 if whole else 2):
@@ -259,8 +262,8 @@ class IntermediateBlock(nn.Module):
                 kernels = stacked_kernels(branches, dtype)
                 x_new = _GroupedConvolution.apply(x, a, kernels, self.stride)
             else:
-                mixed = _PatchProducts if form == "patches" else _WinogradConvolution
-                x_new = mixed.apply(x, a, stacked_kernels(branches, dtype))
+                function = _PatchProducts if form == "patches" else _WinogradConvolution
+                x_new = function.apply(x, a, stacked_kernels(branches, dtype))
         return with_biases(x_new, a, branches)
 
 
@@ -327,13 +330,12 @@ def with_biases(x_new: Tensor, a: Tensor, branches: Sequence[nn.Conv2d]) -> Tens
 
 
 class _SumOfConvolutions(torch.autograd.Function):
-    """Σ aₗ·(Wₗ∗x), one convolution after the other, of which nothing is kept but x.
+    """Σ aₗ·(Wₗ∗x), one convolution after the other, of which no map is kept.
 
     With `*` and `+`, every product would be a map of its own, kept for the backward pass: memory
     would grow with L, and on large maps writing and reading it took as long as the convolutions.
-    The backward pass convolves aₗ·x and the gradient of x′ once for each branch, to the gradient of
-    Wₗ and to uₗ, which is the gradient of x′ led back through Wₗ; ⟨x, uₗ⟩ is then that of aₗ, and
-    Σ aₗ·uₗ that of x. The maps keep their number type.
+    With g the gradient of x′, that of Wₗ needs aₗ·x, made again, and g; and g led back through Wₗ,
+    uₗ, gives that of x, Σ aₗ·uₗ, and that of aₗ, ⟨x, uₗ⟩. The maps keep their number type.
     """
 
     @staticmethod
@@ -354,14 +356,14 @@ class _SumOfConvolutions(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, a, *kernels = ctx.saved_tensors
         to_x, to_a = ctx.needs_input_grad[:2]
-        grad_x, grad_a, grad_kernels = None, torch.empty_like(a), []
+        grad_x, grad_a, grad_kernels, flat = None, torch.empty_like(a), [], _flat(x)
         for l, (scale, kernel) in enumerate(zip(_scales(a), kernels, strict=True)):
             u, grad_kernel = _convolution_backward(
                 grad, scale * x, kernel, ctx.form, ctx.stride, to_x or to_a
             )
             grad_kernels.append(grad_kernel)
             if to_a:
-                grad_a[:, l] = torch.linalg.vecdot(_flat(x), _flat(u))
+                grad_a[:, l] = torch.linalg.vecdot(flat, _flat(u))
             if to_x:
                 grad_x = scale * u if grad_x is None else grad_x.addcmul_(scale, u)
         return grad_x, grad_a if to_a else None, None, None, *grad_kernels
@@ -441,7 +443,8 @@ class _GroupedConvolution(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, a, weight = ctx.saved_tensors
         bank, padding = weight.flatten(1), weight.shape[3] // 2
-        grad_x, grad_a, grad_bank = torch.empty_like(x), torch.empty_like(a), torch.zeros_like(bank)
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_a, grad_bank = torch.empty_like(a), torch.zeros_like(bank)
         for part in _grouped_parts(x, weight):
             groups = len(a[part])
             y, kernels = _side_by_side(x[part]), (a[part] @ bank).view(-1, *weight.shape[2:])
@@ -454,7 +457,6 @@ class _GroupedConvolution(torch.autograd.Function):
             grad_a[part] = grad_kernels @ bank.t()
             if grad_y is not None:
                 grad_x[part] = grad_y.reshape(x[part].shape)
-        grad_x = grad_x if ctx.needs_input_grad[0] else None
         return grad_x, grad_a, grad_bank.view_as(weight), None
 
 
@@ -597,12 +599,14 @@ class _WinogradConvolution(torch.autograd.Function):
             grad_V = torch.bmm(grad_products, U.transpose(1, 2))  # 36×tiles×(L·c), weighted
             grad_V = grad_V.view(36, images, -1, L, c).permute(1, 3, 2, 0, 4).reshape(images, L, -1)
             grad_a[part] = torch.bmm(grad_V, V.view(images, -1, 1))[:, :, 0]
-            grad_V = torch.bmm(a[part][:, None], grad_V).view_as(V)
-            grad_padded = torch.zeros_like(padded)
-            _add(_apply(from_x.t(), grad_V), grad_padded)
-            grad_x[part] = grad_padded[:, 1 : h + 1, 1 : w + 1]
+            if ctx.needs_input_grad[0]:
+                grad_V = torch.bmm(a[part][:, None], grad_V).view_as(V)
+                grad_padded = torch.zeros_like(padded)
+                _add(_apply(from_x.t(), grad_V), grad_padded)
+                grad_x[part] = grad_padded[:, 1 : h + 1, 1 : w + 1]
         grad_weight = (from_weight.t() @ grad_U.view(36, -1)).view(3, 3, L, c, -1)
-        return grad_x.permute(0, 3, 1, 2), grad_a, grad_weight.permute(2, 4, 3, 0, 1)
+        grad_x = grad_x.permute(0, 3, 1, 2) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_a, grad_weight.permute(2, 4, 3, 0, 1)
 
 
 @cache

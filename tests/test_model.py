@@ -222,6 +222,26 @@ def test_sum_of_convolutions_gives_the_gradients_that_are_asked_for(form, needed
         assert_close(ours, known)
 
 
+@pytest.mark.parametrize(("shape", "form"), CASES, ids=str)
+def test_gradients_without_that_of_x_are_the_same(shape, form):
+    """As in the first block, whose x learns nothing."""
+    block, x = block_of(shape, form), random_maps(shape, 11)
+    parameters = [p for p in block.parameters() if p.requires_grad]
+    target = torch.randn_like(block(x))
+    with_x, without = (
+        torch.autograd.grad((block(given) * target).sum(), parameters) for given in (x, x.detach())
+    )
+    torch.testing.assert_close(without, with_x)
+
+
+def test_mixed_kernels_are_those_of_few_images_but_enough(monkeypatch):
+    monkeypatch.setattr(model, "KERNELS_AT_ONCE", {"cpu": 600})
+    monkeypatch.setattr(model, "GROUPS_AT_LEAST", 4)
+    for numbers, images in ((20, 30), (100, 6), (300, 4)):
+        parts = model._grouped_parts(torch.empty(50, 1, 1, 1), torch.empty(2, numbers))
+        assert parts[0] == slice(0, images)
+
+
 @pytest.mark.parametrize("L", [1, 3])
 def test_winograd_convolution_passes_gradcheck(L):
     assert gradcheck(model._WinogradConvolution.apply, L, 3)
@@ -396,10 +416,10 @@ def rule_of_avx2(monkeypatch):
     monkeypatch.setattr(model, "instructions", lambda: "AVX2")
 
 
-def parts_of(size, kernel_size, stride=1, channels=(128, 128), device="cpu"):
+def parts_of(size, kernel_size, stride=1, channels=(128, 128)):
     with torch.device("meta"):
         block = IntermediateBlock(*channels, len(kernel_size), kernel_size, stride)
-    return block.parts(torch.empty(1, channels[0], size, size, device=device))
+    return block.parts(torch.empty(1, channels[0], size, size))
 
 
 @pytest.mark.parametrize(
@@ -510,13 +530,21 @@ def test_maps_stay_in_bfloat16_under_autocast(form):
 
 
 def test_auto_chooses_on_a_cpu_only():
-    assert parts_of(32, (3, 3, 3, 3), device="meta") == [("branches", [0, 1, 2, 3])]
     on_gpu = SimpleNamespace(shape=(1, 128, 32, 32), device=torch.device("cuda"))
     assert IntermediateBlock(128, 128, 4).parts(on_gpu) == [("fused", [0, 1, 2, 3])]
     for form in set(model.FORMS) - {"auto"}:
-        block = IntermediateBlock(3, 4, 2, form=form)
+        block = IntermediateBlock(128, 128, 2, form=form)
+        assert block.parts(on_gpu) == [(form, [0, 1])]
         for size in (1, 32):
-            assert block.parts(torch.empty(1, 3, size, size, device="meta")) == [(form, [0, 1])]
+            assert block.parts(torch.empty(1, 128, size, size)) == [(form, [0, 1])]
+
+
+@pytest.mark.parametrize("form", model.FORMS)
+def test_every_form_is_the_formula_as_written_where_nothing_was_measured(form):
+    with torch.device("meta"):
+        block, x = IntermediateBlock(8, 8, 2, form=form), torch.empty(1, 8, 6, 6)
+    assert block.parts(x) == [("branches", [0, 1])]
+    assert block(x).shape == x.shape
 
 
 def test_parts_cover_every_branch_once():
