@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -162,6 +163,15 @@ def test_notebook_is_small(name: str) -> None:
 
 def output_of(process: subprocess.CompletedProcess) -> str:
     return f"{process.stdout[-6000:]}\n{process.stderr[-3000:]}"
+
+
+def test_the_figures_of_a_report_have_one_folder() -> None:
+    """Also those of the notebooks that train nothing, where the preset's name was taken."""
+    parameters = read_preset("smoke") | {"seed": 0, "run": "smoke-seed0-2"}
+    for name in report.SEQUENCE:
+        given = {key: value for key, value in parameters.items() if key in declared_in(name)}
+        drawn = runs.label(runs.settings_from(given), SimpleNamespace(name="cifar10"))
+        assert drawn == "smoke-seed0-2", name
 
 
 def test_nbval_in_jupyterlabs_folder(
