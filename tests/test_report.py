@@ -389,6 +389,22 @@ def test_pdf_has_three_pages_at_most_and_its_numbers_are_the_records(tmp_path: P
     assert sum(numbers) == table["parameters"].sum() == run.metrics["parameters"]
 
 
+def test_pdf_keeps_to_three_pages_when_runs_are_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of whoever repeats the report; with very many it is longer, and still made."""
+    run = runs.read(report.best_run())
+    content = report.pdf_content(run)
+    for times, pages in ((1, 3), (2, 3), (9, 4)):
+        more = content | {rows: times * content[rows] for rows in ("seeds", "history")}
+        monkeypatch.setattr(report, "pdf_content", lambda _, more=more: more)
+        folder = tmp_path / str(times)
+        folder.mkdir()
+        report.make_pdf(run, data.ROOT / "figures" / run.name, folder / "{p}.svg")
+        made = len(list(folder.glob("*.svg")))
+        assert made == 3 if pages == 3 else made >= pages
+
+
 def test_the_same_parameters_on_a_gpu_are_in_the_pdf_and_none_of_it_is_called_another() -> None:
     content = report.pdf_content(runs.read(report.best_run()))
     on_gpu = runs.seeds_of(runs.read("full-gpu-seed0"))
