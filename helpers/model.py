@@ -40,12 +40,14 @@ class Rule(NamedTuple):
 
 
 # By what a CPU calculates with, measured by `make bench`: the faster its plain convolutions are,
-# the less can be saved on them. (AVX2 and AVX512 have not been measured since mixed kernels are
-# made for so few images at a time, nor was `shared` tried there.)
+# the less can be saved on them. (Those of AVX2 and AMX are from before Winograd's tiles lay place
+# by place and maps of float32 numbers were transposed block by block, which made both forms cheaper
+# with AVX512; that of AVX2 also from before mixed kernels were made for so few images at a time,
+# and `shared` was not tried there.)
 RULES = {
     ("AVX2", "float32"): Rule(2, "grouped", winograd=24, winograd_a_branch=20),
-    ("AVX512", "float32"): Rule(2, "grouped", winograd=70, winograd_a_branch=30),
-    ("AVX512", "bfloat16"): Rule(3, "grouped", winograd=math.inf, winograd_a_branch=math.inf),
+    ("AVX512", "float32"): Rule(2, "grouped", winograd=64, winograd_a_branch=20, shared=True),
+    ("AVX512", "bfloat16"): Rule(1.7, "patches", winograd=math.inf, winograd_a_branch=math.inf),
     ("AMX", "float32"): Rule(
         2, "grouped", winograd=80, winograd_a_branch=20, product=30, shared=True
     ),
@@ -435,7 +437,7 @@ class _GroupedConvolution(torch.autograd.Function):
             kernels = (a[part] @ weight.flatten(1)).view(-1, *weight.shape[2:])
             groups, padding = len(a[part]), weight.shape[3] // 2
             y = F.conv2d(_side_by_side(x[part]), kernels, None, stride, padding, 1, groups)
-            x_new[part] = y.view(groups, out, *y.shape[2:])
+            _back_to_images(y, x_new[part])
         return x_new
 
     @staticmethod
@@ -456,7 +458,7 @@ class _GroupedConvolution(torch.autograd.Function):
             grad_bank.addmm_(a[part].t(), grad_kernels)
             grad_a[part] = grad_kernels @ bank.t()
             if grad_y is not None:
-                grad_x[part] = grad_y.reshape(x[part].shape)
+                _back_to_images(grad_y, grad_x[part])
         return grad_x, grad_a, grad_bank.view_as(weight), None
 
 
@@ -534,8 +536,38 @@ def _parts(images: int, at_once: int) -> list[slice]:
 
 def _side_by_side(x: Tensor) -> Tensor:
     """b×c×h×w as 1×(b·c)×h×w in the contiguous memory format, by its strides at 1×1 too."""
-    (b, c, h, w), x = x.shape, x.contiguous()
+    b, c, h, w = x.shape
+    if _quick_to_transpose(x):
+        return _transposed(x.permute(0, 2, 3, 1).view(b, h * w, c)).view(1, b * c, h, w)
+    x = x.contiguous()
     return x.as_strided((1, b * c, h, w), (b * c * h * w, h * w, w, 1), x.storage_offset())
+
+
+def _back_to_images(y: Tensor, maps: Tensor) -> None:
+    """Fill b×c×h×w maps from 1×(b·c)×h×w, the images side by side."""
+    b, c, h, w = maps.shape
+    if _quick_to_transpose(maps):
+        y = _transposed(y.contiguous().view(b, c, h * w)).view(b, h, w, c).permute(0, 3, 1, 2)
+    maps.copy_(y.view(maps.shape))
+
+
+def _quick_to_transpose(x: Tensor) -> bool:
+    """Whether x is what `_transposed` takes, position by position."""
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    return on_cpu and x.permute(0, 2, 3, 1).is_contiguous()
+
+
+def _transposed(matrices: Tensor) -> Tensor:
+    """b×c×r from contiguous b×r×c numbers of float32 on a CPU.
+
+    Shuffling the channels of maps of one position is the same, and PyTorch does it block by block:
+    in a half to a seventh of the time of a copy, whose strides are powers of two here.
+    """
+    b, r, c = matrices.shape
+    positions = matrices.as_strided(
+        (b, r * c, 1, 1), (r * c, 1, r * c, r * c), matrices.storage_offset()
+    )
+    return F.channel_shuffle(positions, r).view(b, c, r)
 
 
 @cache
@@ -562,10 +594,10 @@ class _WinogradConvolution(torch.autograd.Function):
     """Σ aₗ·(Wₗ∗x) of 3×3 kernels by 4×4 tiles of the result, each from 6×6 numbers of x.
 
     A tile's 36 numbers are transformed, once for all branches; the L convolutions are then
-    products at each of the 36 places, together one matrix product over L·c channels that are
-    weighted by a; and one transform leads back. 36·L products for 16 positions where the formula
-    as written takes 144·L. Tiles are taken a few at a time, and transformed again in the backward
-    pass.
+    products of matrices at each of the 36 places, added up with weights a; and one transform leads
+    back. 36·L products for 16 positions where the formula as written takes 144·L. Tiles are taken
+    a few at a time, and transformed again in the backward pass; they lie place by place, so that a
+    transform of all of them is one product.
 
     Rounding errors are a few times those of a plain convolution (tests/test_model.py).
     """
@@ -577,9 +609,11 @@ class _WinogradConvolution(torch.autograd.Function):
         U = _transformed(weight)
         x_new = x.new_empty(len(x), *_whole_tiles(h, w), out)
         for part in _parts(len(x), TILES_AT_ONCE // _tiles_of(h, w)):
-            V = _weighted(_apply(from_x, _cut(_padded(x[part], rim=1), 6)), a[part])
-            products = torch.bmm(V.transpose(0, 1), U)  # 36×tiles×out
-            _join(_apply(to_x_new, products.transpose(0, 1)), x_new[part])
+            V = _apply(from_x, _cut(_padded(x[part], rim=1), 6))
+            products = x.new_zeros(36, V.shape[1], out)
+            for U_l, scale in zip(U, a[part].t(), strict=True):
+                products.baddbmm_(_weighted(V, scale), U_l)
+            _join(_apply(to_x_new, products), x_new[part])
         ctx.save_for_backward(x, a, weight)
         return x_new[:, :h, :w].permute(0, 3, 1, 2)
 
@@ -592,21 +626,23 @@ class _WinogradConvolution(torch.autograd.Function):
         U, grad_x = _transformed(weight), x.new_empty(len(x), h, w, c)
         grad_U, grad_a = torch.zeros_like(U), torch.empty_like(a)
         for part in _parts(len(a), TILES_AT_ONCE // _tiles_of(h, w)):
-            images, padded = len(a[part]), _padded(x[part], rim=1)
+            padded = _padded(x[part], rim=1)
             grad_products = _apply(to_x_new.t(), _cut(_padded(grad[part], rim=0), 4))
-            grad_products, V = grad_products.transpose(0, 1), _apply(from_x, _cut(padded, 6))
-            grad_U.baddbmm_(_weighted(V, a[part]).permute(1, 2, 0), grad_products)
-            grad_V = torch.bmm(grad_products, U.transpose(1, 2))  # 36×tiles×(L·c), weighted
-            grad_V = grad_V.view(36, images, -1, L, c).permute(1, 3, 2, 0, 4).reshape(images, L, -1)
-            grad_a[part] = torch.bmm(grad_V, V.view(images, -1, 1))[:, :, 0]
+            V = _apply(from_x, _cut(padded, 6))
+            grad_V = torch.zeros_like(V)
+            for l, scale in enumerate(a[part].t()):
+                grad_U[l].baddbmm_(_weighted(V, scale).transpose(1, 2), grad_products)
+                u = torch.bmm(grad_products, U[l].transpose(1, 2))  # 36×tiles×c, led back
+                by_image = (36, len(scale), -1)
+                grad_a[part, l] = torch.linalg.vecdot(V.view(by_image), u.view(by_image)).sum(0)
+                grad_V.add_(_weighted(u, scale))
             if ctx.needs_input_grad[0]:
-                grad_V = torch.bmm(a[part][:, None], grad_V).view_as(V)
                 grad_padded = torch.zeros_like(padded)
                 _add(_apply(from_x.t(), grad_V), grad_padded)
                 grad_x[part] = grad_padded[:, 1 : h + 1, 1 : w + 1]
-        grad_weight = (from_weight.t() @ grad_U.view(36, -1)).view(3, 3, L, c, -1)
+        grad_weight = (from_weight.t() @ grad_U.view(L, 36, -1)).view(L, 3, 3, c, -1)
         grad_x = grad_x.permute(0, 3, 1, 2) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_a, grad_weight.permute(2, 4, 3, 0, 1)
+        return grad_x, grad_a, grad_weight.permute(0, 4, 3, 1, 2)
 
 
 @cache
@@ -617,25 +653,24 @@ def _tile_transforms(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, 
 
 
 def _transformed(weight: Tensor) -> Tensor:
-    """36×(L·c)×out: the L×out×c×3×3 kernels at the 36 places of a tile.
+    """L×36×c×out: the L×out×c×3×3 kernels at the 36 places of a tile.
 
     Four times as many numbers, and soon made again: they are not kept for the backward pass.
     """
     L, out, c = weight.shape[:3]
     from_weight = _tile_transforms(weight.dtype, weight.device)[2]
-    places = from_weight @ weight.permute(3, 4, 0, 2, 1).reshape(9, -1)
-    return places.view(36, L * c, out)
+    places = from_weight @ weight.permute(0, 3, 4, 2, 1).reshape(L, 9, -1)
+    return places.view(L, 36, c, out)
 
 
 def _apply(transform: Tensor, tiles: Tensor) -> Tensor:
-    """tiles×n×c from tiles×m×c, by a transform n×m."""
-    return torch.bmm(transform.contiguous().expand(len(tiles), *transform.shape), tiles)
+    """n×tiles×c from m×tiles×c, by a transform n×m."""
+    return (transform @ tiles.flatten(1)).view(-1, *tiles.shape[1:])
 
 
-def _weighted(V: Tensor, a: Tensor) -> Tensor:
-    """(b·tiles)×36×(L·c): transformed tiles, (b·tiles)×36×c, times each weight of their image."""
-    places = V.view(len(a), -1, 1, V.shape[2])  # b×(tiles·36)×1×c
-    return (places * a[:, None, :, None]).view(len(V), 36, -1)
+def _weighted(V: Tensor, scale: Tensor) -> Tensor:
+    """Transformed tiles, 36×(b·tiles)×c, times one number for each of the b images."""
+    return (V.view(36, len(scale), -1) * scale[:, None]).view_as(V)
 
 
 def _whole_tiles(h: int, w: int) -> tuple[int, int]:
@@ -655,31 +690,29 @@ def _padded(x: Tensor, rim: int) -> Tensor:
 
 
 def _cut(maps: Tensor, size: int) -> Tensor:
-    """The tiles of b×h×w×c maps, one every 4 positions: (b·tiles)×size²×c."""
+    """The tiles of b×h×w×c maps, one every 4 positions: size²×(b·tiles)×c."""
     tiles = maps.unfold(1, size, 4).unfold(2, size, 4)  # b×rows×columns×c×size×size
-    return tiles.permute(0, 1, 2, 4, 5, 3).reshape(-1, size * size, maps.shape[3])
+    return tiles.permute(4, 5, 0, 1, 2, 3).reshape(size * size, -1, maps.shape[3])
 
 
 def _join(tiles: Tensor, maps: Tensor) -> None:
-    """Fill b×h×w×c maps from their 4×4 tiles, (b·tiles)×16×c."""
+    """Fill b×h×w×c maps from their 4×4 tiles, 16×(b·tiles)×c."""
     b, h, w, c = maps.shape
-    maps.view(b, h // 4, 4, w // 4, 4 * c).copy_(
-        tiles.view(b, h // 4, w // 4, 4, 4 * c).transpose(2, 3)
-    )
+    tiles = tiles.view(4, 4, b, h // 4, w // 4, c)
+    maps.view(b, h // 4, 4, w // 4, 4, c).copy_(tiles.permute(2, 3, 0, 4, 1, 5))
 
 
 def _add(tiles: Tensor, maps: Tensor) -> None:
-    """Add 6×6 tiles, (b·tiles)×36×c, to the b×h×w×c maps from which `_cut` takes them.
+    """Add 6×6 tiles, 36×(b·tiles)×c, to the b×h×w×c maps from which `_cut` takes them.
 
     Neighbours share two rows and two columns, so they are added in four pieces that do not overlap.
     """
     b, h, w, c = maps.shape
-    tiles = tiles.view(b, (h - 2) // 4, (w - 2) // 4, 6, 6, c)
+    tiles = tiles.view(6, 6, b, (h - 2) // 4, (w - 2) // 4, c)
+    places = maps.unfold(1, 6, 4).unfold(2, 6, 4).permute(4, 5, 0, 1, 2, 3)
     for rows in (slice(0, 4), slice(4, 6)):
         for columns in (slice(0, 4), slice(4, 6)):
-            piece = tiles[:, :, :, rows, columns]
-            places = maps.unfold(1, 6, 4).unfold(2, 6, 4).permute(0, 1, 2, 4, 5, 3)
-            places[:, :, :, rows, columns].add_(piece)
+            places[rows, columns].add_(tiles[rows, columns])
 
 
 class OutputBlock(nn.Module):
