@@ -501,25 +501,35 @@ def test_auto_takes_winograd_for_fewer_channels_the_more_branches_with_amx(monke
 
 def test_auto_takes_winograd_with_avx512_for_more_channels_yet(monkeypatch):
     monkeypatch.setattr(model, "instructions", lambda: "AVX512")
-    assert parts_of(8, (3, 3)) == [("fused", [0, 1])]
-    assert parts_of(8, (3, 3), channels=(384, 384)) == [("winograd", [0, 1])]
+    assert parts_of(8, (3, 1)) == [("winograd", [0]), ("fused", [1])]
+    assert parts_of(8, (3, 1), channels=(96, 96)) == [("fused", [0, 1])]
+    assert parts_of(8, (3, 3), channels=(96, 96)) == [("winograd", [0, 1])]  # shared by two
     assert parts_of(16, (3, 3)) == [("winograd", [0, 1])]
-    assert parts_of(16, (3, 3, 3)) == [("grouped", [0, 1, 2])]
+    assert parts_of(16, (3, 3, 3, 3)) == [("grouped", [0, 1, 2, 3])]
 
 
-@pytest.mark.parametrize(("here", "mixed"), [("AVX2", "grouped"), ("AMX", "patches")])
-def test_auto_in_bfloat16_mixes_three_kernels_and_never_takes_winograd(here, mixed, monkeypatch):
-    monkeypatch.setattr(model, "instructions", lambda: here)
+def test_auto_in_bfloat16_with_amx_mixes_three_kernels_and_never_takes_winograd(monkeypatch):
+    monkeypatch.setattr(model, "instructions", lambda: "AMX")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert parts_of(16, (3, 3), channels=(384, 384)) == [("fused", [0, 1])]
-        assert parts_of(16, (3, 3, 3)) == [(mixed, [0, 1, 2])]
-        assert parts_of(32, (3, 3, 3), 2) == [("grouped", [0, 1, 2])]
-        assert parts_of(8, (3,) * 8) == [(mixed, list(range(8)))]
-        assert parts_of(8, (3, 3, 3), channels=(384, 384)) == [("fused", [0, 1, 2])]
-        plain = "products" if here == "AMX" else "fused"
-        assert parts_of(4, (3, 3, 3)) == [(plain, [0, 1, 2])]
+        assert parts_of(16, (3, 3, 3)) == [("patches", [0, 1, 2])]
         assert parts_of(32, (3, 3, 3), stride=2) == [("grouped", [0, 1, 2])]
+        assert parts_of(8, (3,) * 8) == [("patches", list(range(8)))]
+        assert parts_of(8, (3, 3, 3), channels=(384, 384)) == [("fused", [0, 1, 2])]
+        assert parts_of(4, (3, 3, 3)) == [("products", [0, 1, 2])]
         assert parts_of(16, (3, 3, 3), stride=2) == [("fused", [0, 1, 2])]
+
+
+@pytest.mark.parametrize("here", ["AVX512", "AVX2"])  # the latter by the rule of the former
+def test_auto_in_bfloat16_elsewhere_mixes_two_kernels_and_on_small_maps_four(here, monkeypatch):
+    monkeypatch.setattr(model, "instructions", lambda: here)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert parts_of(16, (3, 1)) == [("fused", [0, 1])]
+        assert parts_of(16, (3, 3)) == [("patches", [0, 1])]
+        assert parts_of(32, (3, 3), stride=2) == [("grouped", [0, 1])]
+        assert parts_of(8, (3, 3, 3)) == [("fused", [0, 1, 2])]
+        assert parts_of(8, (3, 3, 3, 3)) == [("patches", [0, 1, 2, 3])]
+        assert parts_of(4, (3,) * 8) == [("fused", list(range(8)))]
 
 
 @pytest.mark.parametrize("form", [*SUMS, "grouped", "patches"])
