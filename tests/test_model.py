@@ -501,8 +501,8 @@ def test_auto_takes_winograd_for_fewer_channels_the_more_branches_with_amx(monke
 
 def test_auto_takes_winograd_with_avx512_for_more_channels_yet(monkeypatch):
     monkeypatch.setattr(model, "instructions", lambda: "AVX512")
-    assert parts_of(8, (3, 1)) == [("winograd", [0]), ("fused", [1])]
-    assert parts_of(8, (3, 1), channels=(96, 96)) == [("fused", [0, 1])]
+    assert parts_of(8, (3, 1)) == [("fused", [0, 1])]
+    assert parts_of(8, (3, 1), channels=(384, 384)) == [("winograd", [0]), ("fused", [1])]
     assert parts_of(8, (3, 3), channels=(96, 96)) == [("winograd", [0, 1])]  # shared by two
     assert parts_of(16, (3, 3)) == [("winograd", [0, 1])]
     assert parts_of(16, (3, 3, 3, 3)) == [("grouped", [0, 1, 2, 3])]
