@@ -499,6 +499,17 @@ def test_auto_takes_winograd_for_fewer_channels_the_more_branches_with_amx(monke
         assert parts_of(8, (3,) * L, channels=(64, 64)) == [(form, list(range(L)))]
 
 
+def test_images_are_laid_side_by_side_and_back_from_any_part_of_a_batch():
+    batch = torch.randn(20, 3, 4, 5)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        part = batch.contiguous(memory_format=layout)[16:]
+        beside = model._side_by_side(part)
+        assert beside.is_contiguous() and torch.equal(beside, batch[16:].reshape(1, 12, 4, 5))
+        filled = torch.zeros_like(batch, memory_format=layout)
+        model._back_to_images(beside, filled[16:])
+        assert torch.equal(filled[16:], part) and not filled[:16].any()
+
+
 def test_auto_takes_winograd_with_avx512_for_more_channels_yet(monkeypatch):
     monkeypatch.setattr(model, "instructions", lambda: "AVX512")
     assert parts_of(8, (3, 1)) == [("fused", [0, 1])]
