@@ -43,11 +43,14 @@ class Rule(NamedTuple):
 # the less can be saved on them. (Those of AVX2 and AMX are from before Winograd's tiles lay place
 # by place and maps of float32 numbers were transposed block by block, which made both forms cheaper
 # with AVX512; that of AVX2 also from before mixed kernels were made for so few images at a time,
-# and `shared` was not tried there. Those of AVX512 are of this state, but not on record yet.)
+# and `shared` was not tried there. When blocks and steps were measured with AVX512, `auto` still
+# took Winograd's tiles for one branch of 128 channels, and no products on maps of 2×2.)
 RULES = {
     ("AVX2", "float32"): Rule(2, "grouped", winograd=24, winograd_a_branch=20),
     ("AVX512", "float32"): Rule(2, "grouped", winograd=80, winograd_a_branch=20, shared=True),
-    ("AVX512", "bfloat16"): Rule(1.7, "patches", winograd=math.inf, winograd_a_branch=math.inf),
+    ("AVX512", "bfloat16"): Rule(
+        1.7, "patches", winograd=math.inf, winograd_a_branch=math.inf, product=30
+    ),
     ("AMX", "float32"): Rule(
         2, "grouped", winograd=80, winograd_a_branch=20, product=30, shared=True
     ),

@@ -541,6 +541,7 @@ def test_auto_in_bfloat16_elsewhere_mixes_two_kernels_and_on_small_maps_four(her
         assert parts_of(8, (3, 3, 3)) == [("fused", [0, 1, 2])]
         assert parts_of(8, (3, 3, 3, 3)) == [("patches", [0, 1, 2, 3])]
         assert parts_of(4, (3,) * 8) == [("fused", list(range(8)))]
+        assert parts_of(2, (3, 1), channels=(384, 384)) == [("products", [0, 1])]
 
 
 @pytest.mark.parametrize("form", [*SUMS, "grouped", "patches"])

@@ -170,7 +170,7 @@ def test_the_readmes_ratios_are_those_of_the_records() -> None:
     nine, six = (runs.training_work(runs.read(f"choice-95-{name}")) for name in ("nine", "base"))
     small_first = seconds("choice-small-first") / seconds("choice-whole")
     stated = {
-        "take five to nine times as long": [(slower.min(), 5), (slower.max(), 9)],
+        "take two to four times as long": [(slower.min(), 2), (slower.max(), 4)],
         "in 1.4 times its minutes": [(10 * longer("nine-blocks-seed0"), 14)],
         "in 2.2 times the minutes of `hour`": [(10 * longer("wide-blocks-seed0"), 22)],
         "in 4.2 times the minutes of `hour`": [(10 * longer("restarted-seed0"), 42)],
