@@ -563,8 +563,9 @@ def _quick_to_transpose(x: Tensor) -> bool:
 def _transposed(matrices: Tensor) -> Tensor:
     """b×c×r from contiguous b×r×c numbers of float32 on a CPU.
 
-    Shuffling the channels of maps of one position is the same, and PyTorch does it block by block:
-    in a half to a seventh of the time of a copy, whose strides are powers of two here.
+    Shuffling the channels of maps of one position is the same, and PyTorch does it block by block,
+    where a copy would go from column to column in strides that are mostly powers of two, which
+    caches are slow at.
     """
     b, r, c = matrices.shape
     positions = matrices.as_strided(
@@ -632,14 +633,15 @@ class _WinogradConvolution(torch.autograd.Function):
             padded = _padded(x[part], rim=1)
             grad_products = _apply(to_x_new.t(), _cut(_padded(grad[part], rim=0), 4))
             V = _apply(from_x, _cut(padded, 6))
-            grad_V = torch.zeros_like(V)
+            grad_V = torch.zeros_like(V) if ctx.needs_input_grad[0] else None
             for l, scale in enumerate(a[part].t()):
                 grad_U[l].baddbmm_(_weighted(V, scale).transpose(1, 2), grad_products)
                 u = torch.bmm(grad_products, U[l].transpose(1, 2))  # 36×tiles×c, led back
                 by_image = (36, len(scale), -1)
                 grad_a[part, l] = torch.linalg.vecdot(V.view(by_image), u.view(by_image)).sum(0)
-                grad_V.add_(_weighted(u, scale))
-            if ctx.needs_input_grad[0]:
+                if grad_V is not None:
+                    grad_V.add_(_weighted(u, scale))
+            if grad_V is not None:
                 grad_padded = torch.zeros_like(padded)
                 _add(_apply(from_x.t(), grad_V), grad_padded)
                 grad_x[part] = grad_padded[:, 1 : h + 1, 1 : w + 1]
