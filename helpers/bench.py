@@ -6,8 +6,9 @@
 
 It writes into `notebooks/benchmarks/<instructions of the CPU, or GPU>/`: `blocks.csv`, `steps.csv`,
 `full.csv`, `tried.csv` and `memory.csv` (a row a candidate), `profile.csv` (where the time of a
-step goes) and `machine.json`. Notebooks 02 and 03 show those of the CPU measured last, and 02 those
-of the GPU.
+step goes; on a GPU also `profile_full.csv`) and `machine.json`, which says when each table was
+measured. Notebooks 02 and 03 show those of the CPU whose tables are the newest, and 02 those of the
+GPU.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,7 @@ def device() -> torch.device:
 
 def maps(channels: int, size: int, memory_format: torch.memory_format) -> Tensor:
     x = torch.randn(BATCH[device().type], channels, size, size)
-    return x.contiguous(memory_format=memory_format).requires_grad_()
+    return x.contiguous(memory_format=memory_format)
 
 
 def there_and_back(
@@ -87,7 +89,7 @@ def there_and_back(
     as a training does it, from a recording."""
     layout = getattr(torch, memory_format)
     layer = layer.to(memory_format=layout)
-    x = maps(channels, size, layout).detach().to(precision).requires_grad_()
+    x = maps(channels, size, layout).to(precision).requires_grad_()
 
     def forward() -> Tensor:
         half = precision == torch.bfloat16
@@ -419,15 +421,47 @@ ONLY = {"tried": "cpu", "full": "cpu", "profile_full": "cuda"}  # what is not me
 
 
 def another_machine(folder: Path, machine: dict[str, Any]) -> str:
-    """The machine that the tables of a folder are of, if it is not this one."""
+    """The machine that the tables of a folder are of, if it is not this one with these versions."""
     if not (folder / "machine.json").is_file():
         return "no machine yet"
-    there, here = (runs.read_json(folder / "machine.json")["hardware"], machine["hardware"])
-    same = all(there.get(key) == here.get(key) for key in ("processor", "threads", "gpu"))
-    return "" if same else runs.benchmark_machine(folder)
+    there = runs.read_json(folder / "machine.json")
+    hardware, here = there["hardware"], machine["hardware"]
+    if any(hardware.get(key) != here.get(key) for key in ("processor", "threads", "gpu")):
+        return runs.benchmark_machine(folder)
+    known = there["versions"]["torch"]
+    return "" if known == machine["versions"]["torch"] else f"torch {known}"
+
+
+def keep(folder: Path, name: str, table: pd.DataFrame, machine: dict[str, Any]) -> None:
+    """Write a table, and into `machine.json` when it was measured.
+
+    Tables of another machine are removed then: those of a folder are always of one.
+
+    Args:
+        machine: this one, from `runs.surroundings`; `finished` becomes the time of the oldest
+            table, so that a folder is as new as all that is in it.
+    """
+    path = folder / "machine.json"
+    if another_machine(folder, machine):
+        for other in folder.glob("*.csv"):
+            other.unlink()
+        path.unlink(missing_ok=True)
+    measured = runs.read_json(path)["measured"] if path.is_file() else {}
+    measured[name] = datetime.now(UTC).isoformat(timespec="seconds")
+    content = runs.as_bytes(table.to_csv(index=False, float_format="%.4g"))
+    runs.write_aside(folder / f"{name}.csv", content)
+    oldest = min(measured.values())
+    runs.write_json(path, machine | {"finished": oldest, "measured": measured})
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """See the module's first lines; ends with one sentence and status 1 if something stops it."""
+    stopped = "Stopped from the keyboard; the tables that were finished are kept."
+    with runs.ending_in_a_sentence((runs.RunError,), stopped):
+        measure(arguments)
+
+
+def measure(arguments: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description="Measure what blocks and training steps cost.")
     parser.add_argument("tables", nargs="*", help=f"of {', '.join(MEASUREMENTS)}; default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -451,8 +485,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"{runs.place(folder)} is of {other}; measure all tables here, not some")
     folder.mkdir(parents=True, exist_ok=True)
     for name in tables:
-        MEASUREMENTS[name]().to_csv(folder / f"{name}.csv", index=False, float_format="%.4g")
-    runs.write_json(folder / "machine.json", machine)
+        keep(folder, name, MEASUREMENTS[name](), machine)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def test_the_aims_are_held_against_what_was_measured(
     runs.write_json(tmp_path / "AVX2" / "machine.json", machine)
     aims = runs.benchmark_aims()
     assert aims.index.tolist() == [("aimed at", ""), ("AVX2", "float32")]
-    assert aims.iloc[1].tolist() == ["1.3 to 1.5", "2.0 to 2.0", "2.0", "26%", "0%"]
+    assert aims.iloc[1].tolist() == ["1.3 to 1.5", "2.0 to 2.0", "2.0", "33%", "0%"]
 
 
 def test_a_benchmark_that_is_not_whole_is_not_shown(
@@ -125,6 +125,42 @@ def test_a_benchmark_that_is_not_whole_is_not_shown(
     with pytest.raises(runs.RunError, match=r"AVX512/full\.csv is missing"):
         runs.benchmark("full", tmp_path / "AVX512")
     assert set(runs.CPU_TABLES) == set(bench.MEASUREMENTS) - {"profile_full"}
+
+
+def test_a_folder_holds_tables_of_one_machine_and_says_when_each_was_measured(
+    tmp_path: Path,
+) -> None:
+    def machine(processor: str, torch_version: str = "2") -> dict:
+        hardware = {"processor": processor, "threads": 2, "device": "cpu", "instructions": "X"}
+        return {"hardware": hardware, "versions": {"torch": torch_version}}
+
+    def measured() -> set[str]:
+        tables = {path.stem for path in tmp_path.glob("*.csv")}
+        record = runs.read_json(tmp_path / "machine.json")
+        assert set(record["measured"]) == tables
+        assert record["finished"] == min(record["measured"].values())
+        return tables
+
+    table = pd.DataFrame({"a": [1 / 3]})
+    for name in ("blocks", "steps"):
+        bench.keep(tmp_path, name, table, machine("one"))
+    assert measured() == {"blocks", "steps"}
+    assert (tmp_path / "blocks.csv").read_text() == "a\n0.3333\n"
+    bench.keep(tmp_path, "steps", table, machine("another"))
+    assert measured() == {"steps"}, "tables of two machines"
+    bench.keep(tmp_path, "blocks", table, machine("another", "3"))
+    assert measured() == {"blocks"}, "tables of two versions"
+
+
+def test_an_unreadable_benchmark_is_told_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "BENCHMARKS", tmp_path)
+    folder = tmp_path / runs.instructions()
+    folder.mkdir()
+    (folder / "machine.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"machine\.json cannot be read"):
+        bench.main(["steps"])
 
 
 @pytest.mark.parametrize(
