@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from helpers.augment import mirror, shift
 from helpers.data import ImageSet, evaluation_loader
-from helpers.model import IntermediateBlock, stacked_kernels
+from helpers.model import IntermediateBlock, check_choice, stacked_kernels
 
 # What the published answer to the same sheet states: test accuracy (a fraction of one), minutes of
 # training on a GPU, and multiply-adds: 35 epochs of 50,000 images, 4.08e9 for each and direction.
@@ -347,8 +347,7 @@ def with_replaced_gates(
         ValueError: another `what`, a block that the network does not have, or weights of another
             number of blocks.
     """
-    if what not in ("mean", "shuffled"):
-        raise ValueError(f"what={what!r} is not known; allowed: mean, shuffled.")
+    check_choice("what", what, ("mean", "shuffled"))
     K = len(network.blocks)
     if not set(among) <= set(range(1, K + 1)):
         raise ValueError(f"among={list(among)!r} is not allowed; blocks are 1 to {K}.")

@@ -124,14 +124,16 @@ class IntermediateBlock(nn.Module):
             with its own kernel, (Σ aₗ·Wₗ)∗x; `"patches"` (stride 1), the same as one matrix product
             for each image; and `"winograd"` (3×3 and 1×1 kernels, stride 1), the sum inside
             Winograd's short convolution of tiles.
-            `"auto"` takes the cheapest for the shapes at hand. Only in `"branches"` are the
-            branches called as modules (with their hooks), and can gradients of gradients be had.
+            `"auto"` takes on a CPU the cheapest for the shapes at hand, and on a GPU `"fused"`.
+            Only in `"branches"` are the branches called as modules (with their hooks), and can
+            gradients of gradients be had; it is all there is on devices other than these two.
 
     Attributes:
         temperature: of the softmax, which is nearly uniform where it is high (arXiv 1912.03458).
 
     Raises:
-        ValueError: an argument that is not allowed, named with its value and what is allowed.
+        ValueError: an argument that is not allowed, named with its value and what is allowed; or,
+            when called, an x that is not b×in_channels×h×w.
     """
 
     def __init__(
@@ -321,13 +323,12 @@ def kernel_sizes(kernel_size: int | Sequence[int], branches: int) -> list[int]:
 
 def weighted_sum(x: Tensor, a: Tensor, branches: Sequence[nn.Module]) -> Tensor:
     """The sheet's formula as written: Σ aₗ·Cₗ(x), every branch on the same x, each called once."""
-    scales = a[:, :, None, None, None].unbind(dim=1)
     maps = (branch(x) for branch in branches)
-    return reduce(torch.add, (s.to(y.dtype) * y for s, y in zip(scales, maps, strict=True)))
+    return reduce(torch.add, (s.to(y.dtype) * y for s, y in zip(_scales(a), maps, strict=True)))
 
 
 def with_biases(x_new: Tensor, a: Tensor, branches: Sequence[nn.Conv2d]) -> Tensor:
-    """x′ with Σ aₗ·bₗ added, if the branches have biases bₗ."""
+    """x′, b×out×h×w, with Σ aₗ·bₗ added, if the branches have biases bₗ; a is b×L."""
     if branches[0].bias is None:
         return x_new
     biases = torch.stack([branch.bias for branch in branches])
@@ -445,7 +446,7 @@ class _GroupedConvolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         x, a, weight = ctx.saved_tensors
         bank, padding = weight.flatten(1), weight.shape[3] // 2
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
@@ -493,7 +494,8 @@ class _PatchProducts(torch.autograd.Function):
         (L, out, c, k, _), (b, _, h, w) = weight.shape, grad.shape
         bank = weight.permute(0, 3, 4, 2, 1).flatten(1)
         turned = weight.flip(3, 4).permute(0, 3, 4, 1, 2).flatten(1)
-        rows, grad_x = grad.permute(0, 2, 3, 1).reshape(b, h * w, out), grad.new_empty(b, h, w, c)
+        rows = grad.permute(0, 2, 3, 1).reshape(b, h * w, out)
+        grad_x = grad.new_empty(b, h, w, c) if ctx.needs_input_grad[0] else None
         grad_a, grad_bank = torch.empty_like(a), torch.zeros_like(bank)
         for part in _parts(b, PATCHES_AT_ONCE[grad.device.type] // (h * w * k * k * max(c, out))):
             images = len(a[part])
@@ -501,11 +503,11 @@ class _PatchProducts(torch.autograd.Function):
             grad_kernels = torch.bmm(patches.transpose(1, 2), rows[part]).view(images, -1)
             grad_bank.addmm_(a[part].t(), grad_kernels)
             grad_a[part] = (bank @ grad_kernels.t()).t()  # twice as quick as the other way round
-            if ctx.needs_input_grad[0]:
+            if grad_x is not None:
                 kernels = (a[part] @ turned).view(images, -1, c)
                 to_x = grad_x[part].view(images, h * w, c)
                 torch.bmm(_patches(_rimmed(grad[part], k // 2), k), kernels, out=to_x)
-        grad_x = grad_x.permute(0, 3, 1, 2) if ctx.needs_input_grad[0] else None
+        grad_x = None if grad_x is None else grad_x.permute(0, 3, 1, 2)
         return grad_x, grad_a, grad_bank.view(L, k, k, c, out).permute(0, 4, 3, 1, 2)
 
 
@@ -627,13 +629,14 @@ class _WinogradConvolution(torch.autograd.Function):
         x, a, weight = ctx.saved_tensors
         (h, w), (L, _, c) = x.shape[2:], weight.shape[:3]
         to_x_new, from_x, from_weight = _tile_transforms(x.dtype, x.device)
-        U, grad_x = _transformed(weight), x.new_empty(len(x), h, w, c)
+        grad_x = x.new_empty(len(x), h, w, c) if ctx.needs_input_grad[0] else None
+        U = _transformed(weight)
         grad_U, grad_a = torch.zeros_like(U), torch.empty_like(a)
         for part in _parts(len(a), TILES_AT_ONCE // _tiles_of(h, w)):
             padded = _padded(x[part], rim=1)
             grad_products = _apply(to_x_new.t(), _cut(_padded(grad[part], rim=0), 4))
             V = _apply(from_x, _cut(padded, 6))
-            grad_V = torch.zeros_like(V) if ctx.needs_input_grad[0] else None
+            grad_V = None if grad_x is None else torch.zeros_like(V)
             for l, scale in enumerate(a[part].t()):
                 grad_U[l].baddbmm_(_weighted(V, scale).transpose(1, 2), grad_products)
                 u = torch.bmm(grad_products, U[l].transpose(1, 2))  # 36×tiles×c, led back
@@ -646,7 +649,7 @@ class _WinogradConvolution(torch.autograd.Function):
                 _add(_apply(from_x.t(), grad_V), grad_padded)
                 grad_x[part] = grad_padded[:, 1 : h + 1, 1 : w + 1]
         grad_weight = (from_weight.t() @ grad_U.view(L, 36, -1)).view(L, 3, 3, c, -1)
-        grad_x = grad_x.permute(0, 3, 1, 2) if ctx.needs_input_grad[0] else None
+        grad_x = None if grad_x is None else grad_x.permute(0, 3, 1, 2)
         return grad_x, grad_a, grad_weight.permute(0, 4, 3, 1, 2)
 
 
@@ -727,6 +730,9 @@ class OutputBlock(nn.Module):
         in_channels: channels c of x, b×c×h×w.
         classes: number of logits.
         hidden: units of each fully connected layer before the last; none by default.
+
+    Raises:
+        ValueError: a number that is no integer of at least 1; or, when called, another x.
     """
 
     def __init__(self, in_channels: int, classes: int = 10, hidden: Sequence[int] = ()) -> None:
@@ -1037,7 +1043,7 @@ def _what_it_is(layer: nn.Module) -> str:
 
 
 def _multiply_adds(layer: nn.Module, x: Tensor, output: Tensor) -> tuple[int, int]:
-    """Of one image, as the formula is written and as it is evaluated."""
+    """Of one image, as the formula is written and as it is evaluated; without biases and means."""
     if isinstance(layer, IntermediateBlock):
         return _block_multiply_adds(layer, x, output)
     plain = 0
@@ -1053,19 +1059,18 @@ def _block_multiply_adds(block: IntermediateBlock, x: Tensor, output: Tensor) ->
     c, out, L = x.shape[1], output.shape[1], len(block.branches)
     positions = output.shape[2:].numel()
     kernels = [branch.weight.numel() for branch in block.branches]  # out·c·k² each
-    gate = c * L
+    gate = 0 if block.gate_function in ("constant", "uniform") else c * L
     written = gate + sum(kernels) * positions + L * out * positions
     evaluated = gate
     for form, part in block.parts(x):
-        own, biases = [kernels[l] for l in part], 0 if block.branches[0].bias is None else out
+        own = [kernels[l] for l in part]
         match form:
             case "grouped" | "patches":
-                evaluated += max(own) * (len(part) + positions) + len(part) * biases
+                evaluated += max(own) * (len(part) + positions)
             case "scaled":
                 evaluated += len(part) * x.shape[1:].numel() + sum(own) * positions
-                evaluated += len(part) * biases
             case "winograd":
-                evaluated += _winograd_multiply_adds(len(part), c, out, output) + len(part) * biases
+                evaluated += _winograd_multiply_adds(len(part), c, out, output)
             case _:
                 evaluated += len(part) * out * positions + sum(own) * positions
     return written, evaluated

@@ -20,24 +20,24 @@ from helpers.model import BlockNetwork
 
 
 def noisy(images: Tensor, levels: float, generator: torch.Generator) -> Tensor:
-    """Gaussian noise of that standard deviation, in levels of 255."""
+    """Images, uint8 n×3×h×w, with Gaussian noise of that standard deviation, in levels of 255."""
     noise = torch.randn(images.shape, generator=generator)
     return (images + levels * noise).round().clamp(0, 255).to(torch.uint8)
 
 
 def blurred(images: Tensor, sigma: float, _: torch.Generator) -> Tensor:
-    """Gaussian blur of that standard deviation, in pixels."""
+    """Images, uint8 n×3×h×w, under a Gaussian blur of that standard deviation, in pixels."""
     size = 2 * round(3 * sigma) + 1
     return transforms.gaussian_blur(images, [size, size], [sigma, sigma])
 
 
 def faded(images: Tensor, factor: float, _: torch.Generator) -> Tensor:
-    """Contrast multiplied by a factor, around each image's mean grey."""
+    """Images, uint8 n×3×h×w, their contrast multiplied, around the mean grey of each."""
     return transforms.adjust_contrast(images, factor)
 
 
 def compressed(images: Tensor, quality: float, _: torch.Generator) -> Tensor:
-    """What JPEG of that quality, 1 to 100, leaves of them."""
+    """What JPEG of that quality, 1 to 100, leaves of images, uint8 n×3×h×w on the CPU."""
     left = []
     for image in images:
         file = io.BytesIO()

@@ -250,11 +250,12 @@ def importance(losses: Tensor, skip: float, generator: torch.Generator) -> Tenso
 
     Of those that are learned better than the mean, each is left out (0) with probability `skip`,
     and the others count for them too (1/(1 − skip)), so that the gradient stays right in the mean;
-    all others count 1 (InfoBatch: Qin et al., arXiv 2303.04947).
+    all others count 1, also those not seen yet, whose loss is NaN (InfoBatch: Qin et al., arXiv
+    2303.04947).
     """
     if not skip:
         return torch.ones(len(losses))
-    easy = losses < losses.mean()
+    easy = losses < losses.nanmean()
     skipped = easy & (torch.rand(len(losses), generator=generator) < skip)
     return torch.where(easy, 1 / (1 - skip), 1.0).masked_fill(skipped, 0.0)
 
@@ -272,7 +273,7 @@ class Underway:
 
     Attributes:
         epoch: the one that is being trained, counted from 1.
-        losses: the last loss of each training image.
+        losses: the last loss of each training image; NaN if there is none yet.
         importance: how much each image counts in this epoch; 0 for those that are left out.
         drawn: the state of the generator with which the epoch's batches are drawn.
         batch: how many of its batches are done.
@@ -305,7 +306,7 @@ class Underway:
         self.loader = training_loader(
             training, settings.batch_size, self.augmentation, self.generator
         )
-        self.losses = torch.zeros(len(training))
+        self.losses = torch.full((len(training),), math.nan)
         self.saved = time.perf_counter()
         self.begin_epoch(1)
 
@@ -466,7 +467,9 @@ def train(
     measuring draws no random number, so it does not change the training. A run that was stopped
     is continued from its last checkpoint, about half a minute old at most, and gives on the same
     CPU with as many threads the same bits as one that was not. Another machine or number of threads
-    sums in another order: the draws are the same, the numbers differ by rounding.
+    sums in another order, so that numbers differ by rounding. The draws stay the same, unless
+    `skip_easy` leaves images out by losses that differ so, or a GPU leaves out what does not fill a
+    batch.
 
     Args:
         report: called with a line of text for each epoch, and if something is unusual.
@@ -552,8 +555,8 @@ def go_on(underway: Underway, state: dict[str, Any], record: Record) -> None:
     if changed:
         record.begun_on.append(before)
         record.say(
-            f"it was begun on another machine ({'; '.join(changed)}), so that it will differ by "
-            "rounding from one that was not stopped"
+            f"it was begun on another machine ({'; '.join(changed)}), so that it will not end with "
+            "the bits of one that was not stopped"
         )
 
 

@@ -830,8 +830,22 @@ def test_layer_table_counts_the_mixing_of_kernels(bias, form):
     gate = 3 * 2
     assert row["parameters"] == 3 * 5 * (1 + 9) + bias * 2 * 5 + gate + 2
     assert row["multiply-adds as written"] == 3 * 5 * (1 + 9) * 16 + gate + 2 * 5 * 16
-    mixing = 2 * 3 * 5 * 9 + bias * 2 * 5  # the 1×1 kernel is padded to 3×3
+    mixing = 2 * 3 * 5 * 9  # the 1×1 kernel is padded to 3×3
     assert row["multiply-adds as evaluated"] == mixing + 3 * 5 * 9 * 16 + gate
+
+
+@pytest.mark.parametrize("form", ["fused", "products", "scaled"])
+@pytest.mark.parametrize("gate", ["softmax", "constant", "uniform"])
+def test_layer_table_counts_the_forms_without_mixing(form, gate):
+    """Biases count none, and an a that does not look at the image has no fully connected layer."""
+    network = BlockNetwork(
+        [5], 2, kernel_size=(1, 3), gate=gate, normalise=False, activation="none", form=form
+    )
+    row = layer_table(network, image_size=4).loc["B1"]
+    own = 3 * 2 if gate == "softmax" else 0
+    weighting = 2 * (3 if form == "scaled" else 5) * 16
+    assert row["multiply-adds as evaluated"] == 3 * 5 * (1 + 9) * 16 + own + weighting
+    assert row["multiply-adds as written"] == 3 * 5 * (1 + 9) * 16 + own + 2 * 5 * 16
 
 
 def test_layer_table_counts_winograds_products_and_transforms():

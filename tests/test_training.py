@@ -397,6 +397,9 @@ def test_the_first_epochs_see_small_images_and_the_others_whole_ones(
 def test_easy_images_left_out_of_an_epoch_are_made_up_for_by_the_others() -> None:
     losses = torch.tensor([0.1, 0.2, 0.3, 9.0]).repeat(5000)  # three in four below the mean
     counts = training.importance(losses, 0.6, torch.Generator().manual_seed(0))
+    unseen = torch.cat([losses, torch.full((50,), math.nan)])  # of no image is less known
+    with_unseen = training.importance(unseen, 0.6, torch.Generator().manual_seed(0))
+    assert (with_unseen[-50:] == 1).all() and (with_unseen == 0).any()
     easy = losses < 1
     assert (counts[~easy] == 1).all()
     torch.testing.assert_close(counts[easy].unique(), torch.tensor([0.0, 2.5]))
