@@ -37,6 +37,7 @@ CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
 IMAGE_SIZE = 32  # height and width in pixels
+TRAINING_IMAGES, TEST_IMAGES = 50_000, 10_000  # of CIFAR-10, and of the stand-in
 SECONDS_TO_CONNECT = 10
 SPLIT_SEED = 0
 SHORTLIST = 48  # training images whose distance to a test image is worked out in full
@@ -330,7 +331,7 @@ def notice(data: ImageData) -> Notice:
 # ---- the stand-in
 
 
-def stand_in(training: int = 50_000, test: int = 10_000, seed: int = 0) -> ImageData:
+def stand_in(training: int = TRAINING_IMAGES, test: int = TEST_IMAGES, seed: int = 0) -> ImageData:
     """Drawn images in CIFAR-10's types and shapes, equally many of each class, the same for the
     same arguments.
 

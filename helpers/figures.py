@@ -122,8 +122,9 @@ def examples(images: Tensor, names: Sequence[str]) -> Figure:
 
 
 @figure
-def pictures(images: Tensor, titles: Sequence[str], columns: int = 5) -> Figure:
-    """Images, uint8 n×3×32×32, from left to right and from top to bottom, each with its title."""
+def pictures(images: Tensor, titles: Sequence[str]) -> Figure:
+    """Images, uint8 n×3×32×32, five in a row from top to bottom, each with its title."""
+    columns = 5
     rows = -(-len(images) // columns)
     lines = [title.split("\n") for title in titles]
     height = WIDTH / columns + 0.2 * max(map(len, lines))
@@ -263,18 +264,18 @@ def block_diagram() -> Figure:
 
 
 @figure
-def network_diagram(network: BlockNetwork, image_size: int = 32) -> Figure:
+def network_diagram(network: BlockNetwork) -> Figure:
     """Every layer's output as a slab: height for the map's size, thickness for the channels.
 
     What stands between two blocks is the thin slab at the first one's right; an arrow around both
     is the way of a block's input that is added there.
     """
-    outputs = layer_table(network, image_size)["output"]
+    outputs = layer_table(network)["output"]
     shapes = {name: [int(n) for n in text.split("×")] for name, text in outputs.items()}
-    layers = {"image": [3, image_size, image_size], **shapes}
+    layers = {"image": [3, IMAGE_SIZE, IMAGE_SIZE], **shapes}
     names = [name for name in layers if not name.startswith("after")]
     drawn, axes = _canvas(LAYERS_LEFT + LAYER_WIDTH * len(names), 6.5)
-    scale = 0.6 / max(shape[0] for shape in layers.values()), 2.5 / image_size
+    scale = 0.6 / max(shape[0] for shape in layers.values()), 2.5 / IMAGE_SIZE
     ends = (LAYERS_LEFT + 0.2, AXIS), (LAYERS_LEFT + LAYER_WIDTH * len(names) - 0.1, AXIS)
     _arrow(axes, *ends, color="darkgray", zorder=0)
     for number, name in enumerate(names):
@@ -583,14 +584,16 @@ def _mark_epochs(
         begins: where on the axis each epoch begins, and where the last one ends.
     """
     shade, epoch, last = "learnt from smaller images", 0, begins[-1] - begins[0]
+    greys = itertools.cycle(("0.93", "0.97"))  # from one size to the next
     above = {"xycoords": ("data", "axes fraction"), "color": REFERENCE, "fontsize": 9, "va": "top"}
     for size, epochs in itertools.groupby(sizes[: len(begins) - 1]):
         begin, epoch = begins[epoch], epoch + len(list(epochs))
         end = begins[epoch]
         if size < IMAGE_SIZE:
-            axes.axvspan(begin, end, color="0.93", linewidth=0, label=shade)
+            grey = next(greys)
+            axes.axvspan(begin, end, color=grey, linewidth=0, label=shade)
             where, narrow = ((begin + end) / 2, 0.985), end - begin < 0.15 * last
-            clear = {"facecolor": "0.93", "edgecolor": "none", "pad": 0.5}  # of dotted lines
+            clear = {"facecolor": grey, "edgecolor": "none", "pad": 0.5}  # of dotted lines
             axes.annotate(
                 f"{size}×{size}", where, ha="center", rotation=90 * narrow, bbox=clear, **above
             )
@@ -792,7 +795,8 @@ def differences(compared: pd.DataFrame, base: str) -> Figure:
         rows["difference"], range(len(rows)), xerr=around, fmt="o", color=VALIDATION, capsize=3
     )
     axes.axvline(0, color=REFERENCE, linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(rows)), rows.index)
+    seeds = compared["n"].drop(index=base)
+    axes.set_yticks(range(len(rows)), [f"{name} (n = {n})" for name, n in seeds.items()])
     axes.invert_yaxis()
     axes.set_xlabel(f"points of accuracy more than {base}, joint 95% intervals")
     axes.grid(axis="x", alpha=0.4)

@@ -3,10 +3,11 @@
     python -m helpers.handin
 
 The notebook is put together from the five notebooks and from the modules that they call, which its
-first cells write beside it; it needs nothing else of the project and runs on Google Colab as it is.
-Its parameters and outputs are those of the best network: the first two notebooks are executed for
-it, the outputs of the training come from the record, those of the analysis are the stored ones. The
-result is `report/handin.zip`.
+first cells write beside it. It needs nothing else of the project, and is meant to run on Google
+Colab as it is (a test runs it in an empty folder; on Colab it was not tried). Its parameters and
+outputs are those of the best network: the first two notebooks are executed for it, the outputs of
+the training come from the record, those of the analysis are the stored ones. The result is
+`report/handin.zip`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import dataclasses
 import json
 import pprint
 import re
-import sys
 import zipfile
 from typing import IO
 
@@ -305,12 +305,10 @@ def write() -> str:
 
 
 def main() -> None:
-    try:
+    expected = (HandinError, report.ReportError, data.DataError, runs.RunError)
+    stopped = "Stopped from the keyboard; what was handed in before is as it was."
+    with runs.ending_in_a_sentence(expected, stopped):
         print(f"{write()} is ready to be handed in.")
-    except (HandinError, report.ReportError, data.DataError, runs.RunError) as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit("Stopped from the keyboard; what was handed in before is as it was.")
 
 
 if __name__ == "__main__":

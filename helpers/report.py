@@ -20,7 +20,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,6 @@ TRAINING = "03_training"
 UNDECLARED = {"measure_training_every", "start_from", "statistics", "trivial_augment"}
 # Preset and seed of the run that is the result: 04 and 05 analyse it, its weights are kept.
 BEST, BEST_SEED = "full", 1
-TRAINING_IMAGES, TEST_IMAGES = 50_000, 10_000  # of CIFAR-10, and of the stand-in
 
 
 class ReportError(Exception):
@@ -82,7 +81,7 @@ def make_report(preset: str, seed: int) -> Path:
     )
     images = data.load_data()
     dataset, drawn = images.name, data.ROOT / "figures" / runs.label(settings, images)
-    parameters |= {"start_from": earlier_run(settings, folder)}
+    parameters |= {"start_from": begun_from(run) or earlier_run(settings, folder)}
     settings = runs.settings_from(parameters)
     training.earlier_network(settings, images)  # can it be had, if one is named?
     with runs.Record(settings, images):  # can it be written and, if it is there, continued?
@@ -106,26 +105,33 @@ def remove_pages(folder: Path) -> None:
     for name in ("index", *SEQUENCE, "explorer"):
         for ending in (".ipynb", ".html"):
             (folder / f"{name}{ending}").unlink(missing_ok=True)
+    (folder / "report.pdf").unlink(missing_ok=True)
+
+
+def begun_from(run: str) -> str:
+    """The run from which an unfinished run went on, if there is one of that name that did."""
+    config = runs.RUNS / run / "config.json"
+    return runs.read_json(config).get("start_from", "") if config.is_file() else ""
 
 
 def earlier_run(settings: runs.Settings, folder: Path) -> str:
     """The run that a preset's run begins with, if any. Where `start_from` is another preset, that
-    is its run of the same seed; if there is none whose weights are here, it is made first.
+    is its last run of the same seed; if its weights are not here, another is made first.
 
     Args:
         folder: where the notebook goes that makes it.
 
     Raises:
         ReportError: that notebook stopped.
+        RunError: the record of such a run cannot be read.
     """
     start = settings.start_from
     if start not in runs.presets():
         return start
     stem = f"{start}-seed{settings.seed}"
-    with contextlib.suppress(runs.RunError):
-        if (runs.RUNS / (made := runs.latest(stem)) / "weights.pt").is_file():
-            return made
     run = runs.free_name(stem)
+    if run != stem and (runs.RUNS / (made := runs.latest(stem)) / "weights.pt").is_file():
+        return made
     print(f"It goes on from a run of the preset {start}, which is made first: {run}.", flush=True)
     parameters = runs.read_preset(start) | {"seed": settings.seed, "run": run}
     notebook, _ = execute(TRAINING, folder / f"{TRAINING}_{start}.ipynb", parameters)
@@ -497,7 +503,7 @@ def pdf_content(run: runs.Run) -> dict:
     """Every number of the PDF as text, from the records."""
     settings, everywhere = runs.settings_of(run), runs.seeds_anywhere(run)
     parts = [runs.parameters_of(one) for one in runs.lineage(run)]
-    seen = settings.images_of(TRAINING_IMAGES)
+    seen = settings.images_of(data.TRAINING_IMAGES)
     here = everywhere[everywhere["kind"] == runs.kind_of(run)]
     elsewhere = everywhere[~everywhere.index.isin(here.index)]
     made = runs.by_cost(run.metrics["dataset"])
@@ -537,9 +543,9 @@ def pdf_content(run: runs.Run) -> dict:
         "history": [
             [
                 row.run, row.seeds, with_deviation(row), f"{row.minutes:.1f}", row.kind,
-                f"{evaluation.PUBLISHED_WORK / row.work:,.0f}",
+                f"{evaluation.PUBLISHED_WORK / row.work:,.0f}", new,
             ]
-            for row in made.itertuples()
+            for row, new in zip(made.itertuples(), what_was_new(made["run"]), strict=True)
         ],
         "choices": [
             [row[0], f"{row[1]:,}", str(row[2]), *row[3:5], f"{row[5]:.2%}"]
@@ -548,11 +554,24 @@ def pdf_content(run: runs.Run) -> dict:
     }  # fmt: skip
 
 
+def what_was_new(names: Iterable[str]) -> list[str]:
+    """What was new in each row of `runs.by_cost`, in the words of the records' README; nothing for
+    runs that it does not know. A name that comes again has a row of its own there."""
+    readme = runs.RUNS / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    said: dict[str, list[str]] = {}
+    for name, words in re.findall(r"^\| `([\w-]+)` \| \d+ (?:\|[^|]*){2}\| (.*) \|$", text, re.M):
+        said.setdefault(name, []).append(words.replace("`", ""))
+    return [said[name].pop(0) if said.get(name) else "" for name in names]
+
+
 def result_of_seeds(run: runs.Run, seeds: pd.DataFrame) -> str:
     """The first sentences of the PDF: accuracy and minutes over the seeds on the run's own kind of
     machine, and the interval over images of the run itself."""
     spread = f"{len(seeds)} seeds (mean ± standard deviation)" if len(seeds) > 1 else "1 seed"
-    low, high = evaluation.interval(round(run.metrics["test_accuracy"] * TEST_IMAGES), TEST_IMAGES)
+    low, high = evaluation.interval(
+        round(run.metrics["test_accuracy"] * data.TEST_IMAGES), data.TEST_IMAGES
+    )
     return (
         f"{mean_and_deviation(100 * seeds['test_accuracy'], 2)} % of the test images are "
         f"classified correctly after {mean_and_deviation(seeds['train_seconds'] / 60, 1)} minutes "
@@ -718,19 +737,14 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--only goes with --publish")
     if options.publish and (options.preset or options.seed is not None):
         parser.error("--publish takes the notebooks' own parameters")
-    try:
+    expected = (ReportError, data.DataError, runs.ParameterError, runs.RunError)
+    stopped = "Stopped from the keyboard; what was executed is in report/."
+    with runs.ending_in_a_sentence(expected, stopped):
         if options.publish:
             publish(options.only or numbers)
         else:
             index = make_report(options.preset or "quick", options.seed or 0)
             print(f"Begin with {runs.place(index)}")
-    except (ReportError, data.DataError, runs.ParameterError, runs.RunError) as error:
-        sys.exit(str(error))
-    except OSError as error:  # a full disk, a folder that may not be written
-        where = runs.place(Path(error.filename)) if error.filename else "A file"
-        sys.exit(f"{where} cannot be written or read: {error.strerror or error}.")
-    except KeyboardInterrupt:
-        sys.exit("Stopped from the keyboard; what was executed is in report/.")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +30,7 @@ import yaml
 from filelock import FileLock, Timeout
 from torch import nn
 
-from helpers.data import IMAGE_SIZE, ROOT, ImageData, ImageSet, split
+from helpers.data import IMAGE_SIZE, ROOT, TRAINING_IMAGES, ImageData, ImageSet, split
 from helpers.model import ACTIVATIONS, GATES, BlockNetwork, instructions, layer_table
 
 RUNS = ROOT / "notebooks" / "runs"
@@ -155,7 +155,7 @@ class Settings:
     precision: str = choice("auto", ("auto", *PRECISIONS))  # of the maps while training
     # the images
     validation: int = whole(0, 0, 49_000)  # images held out of training; 0: train on all
-    train_images: int = whole(0, 0, 50_000)  # use only the first so many; 0: all
+    train_images: int = whole(0, 0, TRAINING_IMAGES)  # use only the first so many; 0: all
     basic_images: int = whole(20_000, 100, 45_000)  # on which notebook 02 tries the basic network
     # the network
     widths: list[int] = wholes([32, 32, 128, 128, 128, 128], 1, 4096)
@@ -174,7 +174,7 @@ class Settings:
     start_from: str = text("", empty=True)  # a run whose weights are the first; empty: fresh ones
     epochs: int = whole(6, 1, 10_000)
     first_sizes: list[int] = wholes([16, 16], 8, IMAGE_SIZE)  # of images in the first epochs
-    batch_size: int = whole(250, 1, 50_000)
+    batch_size: int = whole(250, 1, TRAINING_IMAGES)
     learning_rate: float = real(0.07, 0.0, 100.0)  # Muon, on the branches' kernels
     momentum: float = real(0.85, 0.0, 0.999)  # of Muon
     adam_learning_rate: float = real(0.014, 0.0, 10.0)  # Adam, on everything else
@@ -198,6 +198,11 @@ class Settings:
             raise ParameterError(
                 f"Parameter first_sizes = {self.first_sizes!r}: it must have fewer sizes than the "
                 f"run has epochs ({self.epochs}), since the last epoch sees whole images."
+            )
+        if self.train_images and self.train_images + self.validation > TRAINING_IMAGES:
+            raise ParameterError(
+                f"Parameter train_images = {self.train_images}: beside validation = "
+                f"{self.validation} only {TRAINING_IMAGES - self.validation} are left; use fewer."
             )
         if self.temperature > 1 and self.gate != "softmax":
             raise ParameterError(
@@ -401,7 +406,7 @@ def check_batches(settings: Settings, images: int) -> None:
         images: how many are trained on, in batches of equal size but for one image.
 
     Raises:
-        ParameterError: it is so.
+        ParameterError: such a batch can come about.
     """
     smallest = images // math.ceil(images / settings.batch_size)
     # Where easy images are left out, how many are left is known too late: an odd number, maybe.
@@ -533,7 +538,10 @@ class Record:
     def checkpoint(self) -> dict[str, Any] | None:
         """The latest checkpoint that can be read, or None; loading it runs no code.
 
-        One that cannot be used is removed, so that it never takes the place of a good one.
+        One that cannot be used is moved aside, so that it never takes the place of a good one.
+
+        Raises:
+            RunError: it cannot be read at the moment.
         """
         for path in self.checkpoints():
             if not path.is_file():
@@ -554,9 +562,10 @@ class Record:
                         "again when the machine can."
                     ) from None
                 fault = f"cannot be read ({type(error).__name__})"
-            self.say(f"{place(path)} {fault}: it is not used.")
+            aside = path.with_name(f"{path.stem}-unusable.pt")
+            self.say(f"{place(path)} {fault}: it is not used, but kept as {aside.name}.")
             with contextlib.suppress(OSError):
-                path.unlink()
+                path.replace(aside)
         return None
 
     def save(self, training: dict[str, Any]) -> None:
@@ -707,6 +716,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+@contextlib.contextmanager
+def ending_in_a_sentence(expected: tuple[type[Exception], ...], stopped: str) -> Iterator[None]:
+    """Let a command end with one sentence and status 1 if something stops it.
+
+    Args:
+        expected: errors whose message is such a sentence.
+        stopped: what to say when it was stopped from the keyboard.
+    """
+    try:
+        yield
+    except expected as error:
+        sys.exit(str(error))
+    except OSError as error:  # a full disk, a folder that may not be written
+        where = place(Path(error.filename)) if error.filename else "A file"
+        sys.exit(f"{where} cannot be written or read: {error.strerror or error}.")
+    except KeyboardInterrupt:
+        sys.exit(stopped)
+
+
 def free_name(stem: str) -> str:
     """The first of `stem`, `stem-2`, `stem-3` … of which there is no run that is over."""
     name, number = stem, 2
@@ -717,7 +745,7 @@ def free_name(stem: str) -> str:
 
 def latest(stem: str) -> str:
     """The name of that run among `stem`, `stem-2` … which was finished last; if none is finished,
-    of an unfinished one, if any.
+    `stem` itself, if it was begun.
 
     Raises:
         RunError: there is none.
@@ -746,6 +774,15 @@ def names() -> list[str]:
 def finished() -> list[Run]:
     """All finished runs, by name."""
     return [read(name) for name in names()]
+
+
+# What every record holds, also the oldest; parameters that came later have defaults.
+CONFIG = ("dataset", "preset", "seed", "run", "widths", "branches", "kernel_size", "epochs")
+METRICS = (
+    "dataset", "preset", "seed", "epochs", "test_accuracy", "test_accuracy_tta",
+    "validation_accuracy", "training_accuracy", "train_seconds", "parameters", "finished",
+    "hardware", "versions",
+)  # fmt: skip
 
 
 def read(name: str) -> Run:
@@ -777,7 +814,14 @@ def read(name: str) -> Run:
         raise RunError(
             f"The tables of run {name} cannot be read ({type(error).__name__}); make it again."
         ) from None
-    return Run(name, folder, config, history, batches, read_json(folder / "metrics.json"))
+    metrics = read_json(folder / "metrics.json")
+    for part, content, needed in (("config", config, CONFIG), ("metrics", metrics, METRICS)):
+        if lacking := [key for key in needed if key not in content]:
+            raise RunError(
+                f"{place(folder / part)}.json lacks {', '.join(lacking)}; restore it, or delete "
+                "its folder and make the run again."
+            )
+    return Run(name, folder, config, history, batches, metrics)
 
 
 def check_same_data(run: Run, images: ImageData) -> None:
@@ -885,14 +929,19 @@ def seeds_of(run: Run, among: list[Run] | None = None) -> pd.DataFrame:
     return rows.drop_duplicates("seed", keep="last").reset_index(drop=True)
 
 
+# What a configuration holds besides the training. Devices and precisions that differ are of
+# another `kind_of` machine.
+NOT_OF_THE_TRAINING = (
+    "device", "precision", "run", "basic_images", "measure_training_every", "version",
+)  # fmt: skip
+
+
 def what_counts(run: Run) -> dict[str, Any]:
     """What a run's accuracy and time depend on, but for the seed (also of the run that it went on
     from): the kind of device and what it calculates with, and the configuration without what does
-    not change the training."""
-    ignored = (
-        "seed", "device", "precision", "run", "basic_images", "measure_training_every", "version",
-    )  # fmt: skip
+    not change the training. Nor does the name of the preset, which may have been another then."""
     known = parameters_of(run)
+    ignored = ("seed", "preset", *NOT_OF_THE_TRAINING)
     counts = {name: value for name, value in known.items() if name not in ignored}
     before = without_seed(known["start_from"])
     return counts | {"kind": kind_of(run), "start_from": before}
@@ -900,7 +949,7 @@ def what_counts(run: Run) -> dict[str, Any]:
 
 def seeds_anywhere(run: Run) -> pd.DataFrame:
     """`seeds_of` a run and, below, those of its parameters on every other `kind` of machine, which
-    is a column. A run that was made as a preset of another name counts too."""
+    is a column."""
     among = finished()
     alike = [run, *(other for other in among if recipe(other) == recipe(run))]
     firsts = {kind_of(other): other for other in reversed(alike)}
@@ -910,7 +959,7 @@ def seeds_anywhere(run: Run) -> pd.DataFrame:
 
 def recipe(run: Run) -> list[dict[str, Any]]:
     """`what_counts` of each run of a whole training, but for names and kind of machine."""
-    names = ("kind", "preset", "start_from")
+    names = ("kind", "start_from")
     return [
         {key: value for key, value in what_counts(one).items() if key not in names}
         for one in lineage(run)
@@ -1085,8 +1134,8 @@ def choices(dataset: str = "cifar10") -> pd.DataFrame:
         begins = (base.removesuffix("base") for base in found if base.endswith("-base"))
         begin = max((b for b in begins if name.startswith(b) and name != b + "base"), default="")
         beside, config = found.get(BESIDE.get(name, begin + "base"), run), run.config
-        images = settings_of(run).images_of(50_000)
-        if settings_of(beside).images_of(50_000) != images:
+        images = settings_of(run).images_of(TRAINING_IMAGES)
+        if settings_of(beside).images_of(TRAINING_IMAGES) != images:
             beside = run
         row = name, images, config["epochs"], beside.name, differences(run, beside)
         rows.append((*row, run.metrics["validation_accuracy"]))
@@ -1096,9 +1145,7 @@ def choices(dataset: str = "cifar10") -> pd.DataFrame:
 def differences(run: Run, other: Run) -> str:
     """The parameters in which a run differs from another, with its own values; but for those that
     `choices` has columns for, or that do not change the training."""
-    passed_over = (
-        "run", "version", "precision", "train_images", "epochs", "measure_training_every"
-    )  # fmt: skip
+    passed_over = (*NOT_OF_THE_TRAINING, "train_images", "epochs")
     others = parameters_of(other)
     changed = [
         f"{key} = {value}"
@@ -1167,8 +1214,8 @@ def benchmark_aims() -> pd.DataFrame:
 
     Columns: the time of a block as built, over one plain convolution of its shape (lowest and
     highest of the shapes on maps of that size), and that of a step of the preset `quick`, over the
-    step with one branch (the quicker one, as built or as written), and by how much it grows with
-    each branch more from one to four, and from four to eight.
+    step with one branch (the quicker one, as built or as written), and how much each branch more
+    adds from one to four, and from four to eight, as a share of the step with one.
     """
     columns = [
         "block, ≥ 16×16", "block, 8×8", "step over quickest of L = 1", "a branch more, L = 1 to 4",
@@ -1185,7 +1232,7 @@ def benchmark_aims() -> pd.DataFrame:
             one, four, eight = time.loc[1].min(), time["auto"][4], time["auto"][8]
             rows[folder.name, precision] = [
                 *_block_ratios(folder, precision), f"{four / one:.1f}",
-                *(f"{more - 1:.0%}" for more in ((four / one) ** (1 / 3), (eight / four) ** 0.25)),
+                *(f"{more / one:.0%}" for more in ((four - one) / 3, (eight - four) / 4)),
             ]  # fmt: skip
     index = pd.MultiIndex.from_tuples(rows, names=["machine", "numbers"])
     return pd.DataFrame(list(rows.values()), index=index, columns=columns)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -175,7 +174,7 @@ def pace_of(like: runs.Run) -> float:
 def expected_seconds(name: str, pace: float) -> float:
     """The time of training a run, if a multiply-add takes `pace` seconds."""
     settings = runs.Settings(**planned_parameters(name))
-    images = settings.images_of(50_000)
+    images = settings.images_of(data.TRAINING_IMAGES)
     return pace * runs.work_of(settings, [images] * settings.epochs, "as evaluated")
 
 
@@ -318,8 +317,8 @@ def paired(results: pd.DataFrame, comparisons: int) -> pd.DataFrame:
         results: a row for every variant and seed.
 
     Returns:
-        index the variant; `difference`, `low`, `high`, fractions of one, and whether the interval
-        holds zero: `undecided`.
+        index the variant; `difference`, `low`, `high`, fractions of one, whether the interval
+        holds zero: `undecided`, and the number `n` of seeds.
 
     Raises:
         StudyError: a variant lacks a seed that another has.
@@ -340,6 +339,7 @@ def paired(results: pd.DataFrame, comparisons: int) -> pd.DataFrame:
     )
     compared = compared.round(12)  # the last bits are the CPU's own, and −0.685 is a tie in print
     compared["undecided"] = (compared["low"] <= 0) & (compared["high"] >= 0)
+    compared["n"] = n
     return compared.loc[results["variant"].drop_duplicates()]
 
 
@@ -354,6 +354,7 @@ def verdicts(compared: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
                 f"{low:+.2f} to {high:+.2f}"
                 for low, high in zip(points["low"], points["high"], strict=True)
             ],
+            "n": rows["n"],
             "verdict": [
                 "cannot be told apart" if undecided else "better" if difference > 0 else "worse"
                 for undecided, difference in zip(rows["undecided"], rows["difference"], strict=True)
@@ -471,7 +472,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cluster", metavar="ADDRESS", help="of a Dask scheduler")
     parser.add_argument("--list", action="store_true", help="run nothing")
     options = parser.parse_args(arguments)
-    try:
+    expected = (
+        StudyError, report.ReportError, data.DataError, runs.ParameterError, runs.RunError,
+    )  # fmt: skip
+    stopped = "Stopped from the keyboard; the same command goes on where it was."
+    with runs.ending_in_a_sentence(expected, stopped):
         if not any(name.startswith(options.only) for name in planned()):
             raise StudyError(
                 f"No planned run's name begins with {options.only!r}; `--list` shows them all."
@@ -486,12 +491,6 @@ def main(arguments: list[str] | None = None) -> None:
             for number, name in enumerate(todo, start=1):
                 print(f"{number} of {len(todo)}: {name}", flush=True)
                 run_one(name)
-    except (
-        StudyError, report.ReportError, data.DataError, runs.ParameterError, runs.RunError,
-    ) as error:  # fmt: skip
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit("Stopped from the keyboard; the same command goes on where it was.")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def draw_all() -> dict[str, Figure]:
          "low": [0.8, 0.6, 0.8, 0.4], "high": [0.95, 0.8, 0.95, 0.6]}
     )  # fmt: skip
     compared = pd.DataFrame(
-        {"difference": [0, 0.01], "low": [0, -0.01], "high": [0, 0.03]}, index=["one", "other"]
+        {"difference": [0, 0.01], "low": [0, -0.01], "high": [0, 0.03], "n": [8, 3]},
+        index=["one", "other"],
     )
     return {
         "pictures": figures.pictures(images, ["cat, 90%\nlabel: dog"] * 7),

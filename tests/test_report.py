@@ -88,6 +88,22 @@ def test_a_folder_that_cannot_be_written_is_named(
         report.main(["--preset", "small"])
 
 
+def test_nothing_of_an_earlier_report_is_taken_for_new(project: Path) -> None:
+    (folder := project / "report" / "small").mkdir(parents=True)
+    for name in ("index.html", "04_analysis.ipynb", "explorer.html", "report.pdf"):
+        (folder / name).touch()
+    (folder / "03_training_wide-blocks.ipynb").touch()  # made just before
+    report.remove_pages(folder)
+    assert [path.name for path in folder.iterdir()] == ["03_training_wide-blocks.ipynb"]
+
+
+def test_an_unfinished_run_goes_on_from_the_run_with_which_it_began(project: Path) -> None:
+    assert report.begun_from("small-seed1") == ""
+    (runs.RUNS / "small-seed1").mkdir(parents=True)
+    runs.write_json(runs.RUNS / "small-seed1" / "config.json", {"start_from": "first-seed1-2"})
+    assert report.begun_from("small-seed1") == "first-seed1-2"
+
+
 def test_a_wrong_seed_is_told_before_anything_is_removed(project: Path) -> None:
     (project / "report" / "small").mkdir(parents=True)
     page = project / "report" / "small" / "index.html"

@@ -290,6 +290,7 @@ def test_verdicts_say_what_the_intervals_say(monkeypatch: pytest.MonkeyPatch) ->
             "low": [0.0, 0.005, -0.02, -0.002],
             "high": [0.0, 0.015, -0.001, 0.004],
             "undecided": [True, False, False, True],
+            "n": [8, 8, 3, 3],
         },
         index=["softmax", "up", "down", "level"],
     )
@@ -297,7 +298,7 @@ def test_verdicts_say_what_the_intervals_say(monkeypatch: pytest.MonkeyPatch) ->
     assert first["verdict"].to_dict() == {"up": "better"}
     second = study.verdicts(compared, ["down", "level"])
     assert second["verdict"].to_dict() == {"down": "worse", "level": "cannot be told apart"}
-    assert second.loc["down"].tolist()[:2] == ["-1.00", "-2.00 to -0.10"]
+    assert second.loc["down"].tolist()[:3] == ["-1.00", "-2.00 to -0.10", 3]
     words = {"softmax": "the base", "up": "more", "down": "less", "level": "as much"}
     monkeypatch.setattr(study, "WORDS", words)
     monkeypatch.setattr(study, "compare", lambda _: compared.rename_axis("variant"))
