@@ -49,8 +49,8 @@ def recorded() -> tuple[set[str], set[str]]:
                 accuracies.add(mean_and_deviation(100 * seeds[name].astype(float), 2))
         minutes.add(mean_and_deviation(seeds["train_seconds"] / 60, 1))
     for name in ("full-seed0", report.best_run()):
-        right = round(report.TEST_IMAGES * runs.read(name).metrics["test_accuracy"])
-        ends = evaluation.interval(right, report.TEST_IMAGES)
+        right = round(data.TEST_IMAGES * runs.read(name).metrics["test_accuracy"])
+        ends = evaluation.interval(right, data.TEST_IMAGES)
         accuracies |= {f"{100 * end:.2f}" for end in ends}
     accuracies.add(f"{100 * runs.read('restarted-seed0').history['test_accuracy'].iloc[-2]:.2f}")
     accuracies |= {f"{100 * share:.0f}" for share in gpu_convolutions().values()}
@@ -188,6 +188,12 @@ def test_the_readmes_ratios_are_those_of_the_records() -> None:
     stated["takes a tenth less time on whole images, and two fifths less on images of 16×16"] = [
         (10 * (1 - full[32]), 1), (5 * (1 - full[16]), 2),
     ]  # fmt: skip
+    # Cell 33 of notebook 02: what each branch more adds to a step, the last two columns of aims.
+    aims = runs.benchmark_aims().iloc[1:, 2:].map(lambda text: float(text.rstrip("%")))
+    assert aims.iloc[:, 0].min() >= 1.9 and 29 <= aims.iloc[:, 1].min() <= 31
+    newer = aims.loc[["AVX512", "AMX"]].iloc[:, 2]
+    assert 8 < newer.min() <= 11 and 18 <= newer.max() <= 21
+    assert "a step is nowhere below 1.9" in prose(ROOT / NOTEBOOKS[1])
     gain = saved_by_forms()
     words = "with four branches gains little in bfloat16, and a third with eight"
     assert f"{words}; in float32 it gains two fifths with four" in prose(ROOT / NOTEBOOKS[1])
