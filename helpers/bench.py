@@ -17,6 +17,7 @@ import argparse
 import itertools
 import multiprocessing
 import re
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -435,17 +436,11 @@ def another_machine(folder: Path, machine: dict[str, Any]) -> str:
 def keep(folder: Path, name: str, table: pd.DataFrame, machine: dict[str, Any]) -> None:
     """Write a table, and into `machine.json` when it was measured.
 
-    Tables of another machine are removed then: those of a folder are always of one.
-
     Args:
         machine: this one, from `runs.surroundings`; `finished` becomes the time of the oldest
             table, so that a folder is as new as all that is in it.
     """
     path = folder / "machine.json"
-    if another_machine(folder, machine):
-        for other in folder.glob("*.csv"):
-            other.unlink()
-        path.unlink(missing_ok=True)
     measured = runs.read_json(path)["measured"] if path.is_file() else {}
     measured[name] = datetime.now(UTC).isoformat(timespec="seconds")
     content = runs.as_bytes(table.to_csv(index=False, float_format="%.4g"))
@@ -456,7 +451,10 @@ def keep(folder: Path, name: str, table: pd.DataFrame, machine: dict[str, Any]) 
 
 def main(arguments: list[str] | None = None) -> None:
     """See the module's first lines; ends with one sentence and status 1 if something stops it."""
-    stopped = "Stopped from the keyboard; the tables that were finished are kept."
+    stopped = (
+        "Stopped from the keyboard; the tables of before are as they were, and those that were "
+        "finished in a folder beside them (-underway)."
+    )
     with runs.ending_in_a_sentence((runs.RunError,), stopped):
         measure(arguments)
 
@@ -483,9 +481,16 @@ def measure(arguments: list[str] | None) -> None:
     folder = runs.BENCHMARKS / ("GPU" if on_gpu else machine["hardware"]["instructions"])
     if given.tables and (other := another_machine(folder, machine)):
         parser.error(f"{runs.place(folder)} is of {other}; measure all tables here, not some")
-    folder.mkdir(parents=True, exist_ok=True)
+    # All tables together replace the old ones in the end, which may be another machine's.
+    target = folder if given.tables else Path(f"{folder}-underway")
+    if not given.tables:
+        shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True, exist_ok=True)
     for name in tables:
-        keep(folder, name, MEASUREMENTS[name](), machine)
+        keep(target, name, MEASUREMENTS[name](), machine)
+    if not given.tables:
+        shutil.rmtree(folder, ignore_errors=True)
+        target.rename(folder)
 
 
 if __name__ == "__main__":

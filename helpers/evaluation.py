@@ -255,7 +255,7 @@ def answered(logits: Tensor, labels: Tensor) -> pd.DataFrame:
 def gates(network: nn.Module, images: ImageSet) -> list[Tensor]:
     """The weights a of each intermediate block for each image: K tensors, float32 N×L on the CPU,
     with the network in evaluation mode."""
-    with evaluating(network):
+    with evaluating(network), exact_convolutions():
         batches = [network.gates(x) for x, *_ in evaluation_loader(images)]
     return [torch.cat(block).float().cpu() for block in zip(*batches)]
 
@@ -339,8 +339,9 @@ def with_replaced_gates(
 
     Args:
         a: the weights that `gates` gave, K tensors N×L.
-        what: `"mean"`: each block's mean over the images; `"shuffled"`: in each batch, the
-            weights that belong to the image before it in the batch.
+        what: `"mean"`: each block's mean over the images, of `a`; `"shuffled"`: the weights that
+            the block computes for the image before it in the batch, whose x has come through the
+            same disturbed blocks.
         among: numbers (from 1) of the blocks in which that is done; all, if none are named.
 
     Raises:

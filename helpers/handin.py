@@ -93,7 +93,9 @@ def executed_training(run: runs.Run) -> NotebookNode:
     """The training notebook that made a run, as it is kept with its record."""
     path = run.folder / f"{report.TRAINING}.ipynb"
     if not path.is_file():
-        raise HandinError(f"{runs.place(path)} is missing; make the run again with notebook 03.")
+        raise HandinError(
+            f"{runs.place(path)} is missing, which `make report` keeps; make the run with that."
+        )
     return without_injected(nbformat.read(path, as_version=4))
 
 
@@ -292,6 +294,7 @@ def write() -> str:
     pdf, target = report.NOTEBOOKS / "report.pdf", report.REPORT / "handin.zip"
     if not pdf.is_file():
         raise HandinError("notebooks/report.pdf is missing; run `make publish ONLY=04` first.")
+    runs.check_same_data(run, data.load_data())
     target.parent.mkdir(exist_ok=True)
     notebook = nbformat.writes(make_notebook(make_chapters(run), run))
 
@@ -305,7 +308,9 @@ def write() -> str:
 
 
 def main() -> None:
-    expected = (HandinError, report.ReportError, data.DataError, runs.RunError)
+    expected = (
+        HandinError, report.ReportError, data.DataError, runs.ParameterError, runs.RunError,
+    )  # fmt: skip
     stopped = "Stopped from the keyboard; what was handed in before is as it was."
     with runs.ending_in_a_sentence(expected, stopped):
         print(f"{write()} is ready to be handed in.")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -70,10 +71,12 @@ def make_report(preset: str, seed: int) -> Path:
         ParameterError: see `runs.read_preset`.
         ReportError: a notebook stopped.
     """
-    run = runs.free_name(f"{preset}-seed{seed}")
-    parameters = runs.read_preset(preset) | {"seed": seed, "run": run}
-    settings = runs.settings_from(parameters)
     folder = REPORT / preset
+    parameters = runs.read_preset(preset) | {"seed": seed}
+    trained = trained_before(folder, runs.settings_from(parameters))
+    run = trained or runs.free_name(f"{preset}-seed{seed}")
+    parameters |= {"run": run}
+    settings = runs.settings_from(parameters)
     folder.mkdir(parents=True, exist_ok=True)
 
     print(
@@ -83,12 +86,15 @@ def make_report(preset: str, seed: int) -> Path:
     dataset, drawn = images.name, data.ROOT / "figures" / runs.label(settings, images)
     parameters |= {"start_from": begun_from(run) or earlier_run(settings, folder)}
     settings = runs.settings_from(parameters)
-    training.earlier_network(settings, images)  # can it be had, if one is named?
-    with runs.Record(settings, images):  # can it be written and, if it is there, continued?
-        remove_pages(folder)
+    if not trained:
+        training.earlier_network(settings, images)  # can it be had, if one is named?
+        with runs.Record(settings, images):  # can it be written and, if it is there, continued?
+            remove_pages(folder)
     durations = {}
     for name in SEQUENCE:
         target = folder / f"{name}.ipynb"
+        if name == TRAINING and trained:
+            continue
         notebook, durations[name] = execute(name, target, parameters)
         render(notebook, target.with_suffix(".html"), dataset)
         if name == TRAINING:
@@ -98,6 +104,21 @@ def make_report(preset: str, seed: int) -> Path:
     write_explorer(finished, images, folder / "explorer.html")
     make_pdf(finished, drawn, folder / "report.pdf")
     return index
+
+
+def trained_before(folder: Path, settings: runs.Settings) -> str:
+    """The run of a report of these settings that was stopped behind its training, or nothing: its
+    page of the training is there and the index, which is made last, is not."""
+    notebook, page = (folder / f"{TRAINING}.{ending}" for ending in ("ipynb", "html"))
+    if (folder / "index.html").is_file() or not (notebook.is_file() and page.is_file()):
+        return ""
+    given = nbformat.read(notebook, as_version=4).metadata.get("papermill", {})
+    run = given.get("parameters", {}).get("run", "")
+    if run not in runs.names():
+        return ""
+    made = runs.settings_of(runs.read(run))
+    same = dataclasses.replace(settings, run=run, start_from=made.start_from) == made
+    return run if same else ""
 
 
 def remove_pages(folder: Path) -> None:
@@ -197,7 +218,8 @@ def drawing_inline() -> Iterator[None]:
 
 def keep(notebook: NotebookNode, run: str) -> None:
     """Keep the executed training notebook with the record of the run that it made."""
-    nbformat.write(notebook, runs.RUNS / run / f"{TRAINING}.ipynb")
+    content = runs.as_bytes(nbformat.writes(notebook))
+    runs.write_aside(runs.RUNS / run / f"{TRAINING}.ipynb", content)
 
 
 def duration(seconds: float) -> str:

@@ -253,8 +253,9 @@ class Settings:
 def check_parameters(namespace: dict[str, Any]) -> Settings:
     """The settings of a notebook, from its variables, right after its parameters cell.
 
-    papermill only warns of a name that a notebook does not know, and runs on the defaults. Here
-    the cell that papermill injects is read again, and a name that no notebook knows is refused.
+    papermill only warns of a name that a notebook does not know, and runs on the defaults; and in a
+    notebook a misspelt line just sets another variable. So the latest cell of parameters is read
+    again, papermill's and the notebook's own, and a name in it that is not known is refused.
 
     Args:
         namespace: the notebook's `globals()`.
@@ -263,7 +264,7 @@ def check_parameters(namespace: dict[str, Any]) -> Settings:
         ParameterError: naming the parameter.
     """
     declared = [field.name for field in dataclasses.fields(Settings) if field.name in namespace]
-    given = dict.fromkeys([*declared, *injected_names(namespace.get("In", []))])
+    given = dict.fromkeys([*declared, *names_set(namespace.get("In", []))])
     return settings_from({name: namespace[name] for name in given})
 
 
@@ -316,11 +317,23 @@ def read_preset(name: str) -> dict:
     return parameters
 
 
-def injected_names(cells: list[str]) -> list[str]:
-    """The variables set by the cells that papermill injected; it begins them with a comment."""
-    injected = [ast.parse(cell) for cell in cells if cell.startswith("# Parameters\n")]
-    statements = [statement for tree in injected for statement in tree.body]
-    return [s.targets[0].id for s in statements if isinstance(s, ast.Assign)]
+def names_set(cells: list[str]) -> list[str]:
+    """The variables set by the latest cell of parameters that was run, which sets `preset` and
+    `seed`, and by the one that papermill injected behind it; it begins that with a comment."""
+    own = [number for number, cell in enumerate(cells) if {"preset", "seed"} <= set(assigned(cell))]
+    begin = own[-1] if own else 0
+    after = [cell for cell in cells[begin + 1 :] if cell.startswith("# Parameters\n")]
+    return [name for cell in [*cells[begin : begin + 1], *after] for name in assigned(cell)]
+
+
+def assigned(cell: str) -> list[str]:
+    """The variables that a cell sets by plain assignments; none if it is no Python."""
+    try:
+        statements = ast.parse(cell).body
+    except SyntaxError:  # one with IPython's own commands
+        return []
+    targets = [s.targets[0] for s in statements if isinstance(s, ast.Assign)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def pick_device(name: str) -> torch.device:
@@ -855,7 +868,7 @@ def load_network(run: Run) -> nn.Module:
     if not path.is_file():
         raise RunError(
             f"Run {run.name} has no weights here (notebooks/runs/{run.name}/weights.pt); "
-            "make the run again with notebook 03, or name another with the parameter run."
+            "make it again with notebook 03, under another name, and give that name instead."
         )
     network = settings_of(run).network().to(memory_format=torch.channels_last)
     try:
@@ -1252,7 +1265,11 @@ def _block_ratios(folder: Path, precision: str) -> list[str]:
 def benchmark_folders(device: str = "cpu") -> list[Path]:
     """The folders of what `make bench` has measured on CPUs, or on GPUs (`"cuda"`), one a kind, the
     latest last."""
-    machines = {path.parent: read_json(path) for path in BENCHMARKS.glob("*/machine.json")}
+    machines = {
+        path.parent: read_json(path)
+        for path in BENCHMARKS.glob("*/machine.json")
+        if not path.parent.name.endswith("-underway")
+    }
     of_device = [folder for folder in machines if machines[folder]["hardware"]["device"] == device]
     return sorted(of_device, key=lambda folder: machines[folder]["finished"])
 

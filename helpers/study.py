@@ -205,8 +205,9 @@ def what_weights_say(run: runs.Run, images: data.ImageData) -> dict[str, Any]:
     """What the table cannot be made of without a run's weights.
 
     Of the held-out images: the accuracy, and the accuracy when every image is given the weights a
-    of the image before it in its batch, or each block's mean a. Of the blocks: the mean similarity
-    of two branches' kernels, and the share of the images for which the least used branch leads.
+    of the image before it in its batch, or each block's mean a (`evaluation.with_replaced_gates`).
+    Of the blocks: the mean similarity of two branches' kernels, and the share of the images for
+    which the least used branch leads.
     """
     network, settings = runs.load_network(run), runs.settings_of(run)
     _, held_out = runs.training_parts(images, settings)

@@ -27,6 +27,8 @@ def committed_alone(folder: Path) -> Path:
     """A folder with links to what git knows of a folder of records, so that the texts are held
     against these, and not against what somebody has trained or measured since. The folder itself
     where there is no git."""
+    if not shutil.which("git"):
+        return folder
     listed = subprocess.run(
         ["git", "ls-files", folder], cwd=data.ROOT, capture_output=True, text=True, check=False
     ).stdout.splitlines()

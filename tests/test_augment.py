@@ -241,13 +241,13 @@ def test_nothing_asked_for_is_nothing_done() -> None:
 
 def test_chance_comes_from_the_generator_alone() -> None:
     images, index = some_images(), torch.arange(12)
-    first = Augmentation(12, 2, True, seeded(3))(images, index, 0)
+    first = Augmentation(12, 2, True, seeded(3), 8, 0.5)(images, index, 0)
     torch.rand(5)  # the global generator moves on
     before = torch.get_rng_state()
-    second = Augmentation(12, 2, True, seeded(3))(images, index, 0)
+    second = Augmentation(12, 2, True, seeded(3), 8, 0.5)(images, index, 0)
     assert torch.equal(first, second)
     assert torch.equal(torch.get_rng_state(), before)
-    assert not torch.equal(first, Augmentation(12, 2, True, seeded(4))(images, index, 0))
+    assert not torch.equal(first, Augmentation(12, 2, True, seeded(4), 8, 0.5)(images, index, 0))
 
 
 @pytest.mark.parametrize("pixels", [-1, 32, 1.5, True, "2"])

@@ -127,12 +127,8 @@ def test_a_benchmark_that_is_not_whole_is_not_shown(
     assert set(runs.CPU_TABLES) == set(bench.MEASUREMENTS) - {"profile_full"}
 
 
-def test_a_folder_holds_tables_of_one_machine_and_says_when_each_was_measured(
-    tmp_path: Path,
-) -> None:
-    def machine(processor: str, torch_version: str = "2") -> dict:
-        hardware = {"processor": processor, "threads": 2, "device": "cpu", "instructions": "X"}
-        return {"hardware": hardware, "versions": {"torch": torch_version}}
+def test_a_benchmark_says_when_each_table_was_measured(tmp_path: Path) -> None:
+    machine = {"hardware": {"processor": "one", "threads": 2}, "versions": {"torch": "2"}}
 
     def measured() -> set[str]:
         tables = {path.stem for path in tmp_path.glob("*.csv")}
@@ -143,13 +139,36 @@ def test_a_folder_holds_tables_of_one_machine_and_says_when_each_was_measured(
 
     table = pd.DataFrame({"a": [1 / 3]})
     for name in ("blocks", "steps"):
-        bench.keep(tmp_path, name, table, machine("one"))
+        bench.keep(tmp_path, name, table, machine)
     assert measured() == {"blocks", "steps"}
     assert (tmp_path / "blocks.csv").read_text() == "a\n0.3333\n"
-    bench.keep(tmp_path, "steps", table, machine("another"))
-    assert measured() == {"steps"}, "tables of two machines"
-    bench.keep(tmp_path, "blocks", table, machine("another", "3"))
-    assert measured() == {"blocks"}, "tables of two versions"
+
+
+def test_a_benchmark_that_was_stopped_leaves_the_old_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of before are replaced all together, or not at all."""
+    monkeypatch.setattr(runs, "BENCHMARKS", tmp_path)
+    table = pd.DataFrame({"a": [1]})
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "MEASUREMENTS", {"blocks": lambda: table, "steps": lambda: table})
+    bench.main([])
+    folder = tmp_path / runs.instructions()
+    old = runs.read_json(folder / "machine.json")
+    monkeypatch.setitem(bench.MEASUREMENTS, "blocks", lambda: table + 1)
+    monkeypatch.setitem(bench.MEASUREMENTS, "steps", interrupt)
+    with pytest.raises(SystemExit, match="tables of before are as they were"):
+        bench.main([])
+    assert runs.benchmark_folders() == [folder]
+    assert runs.read_json(folder / "machine.json") == old
+    assert (folder / "blocks.csv").read_text() == "a\n1\n"
+    monkeypatch.setitem(bench.MEASUREMENTS, "steps", lambda: table)
+    bench.main([])
+    assert (folder / "blocks.csv").read_text() == "a\n2\n"
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
 def test_an_unreadable_benchmark_is_told_in_a_sentence(

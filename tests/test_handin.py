@@ -144,11 +144,17 @@ def test_the_zip_holds_one_folder_with_two_files(
 ) -> None:
     monkeypatch.setattr(report, "REPORT", tmp_path / "report")
     monkeypatch.setattr(handin, "make_chapters", lambda _: copy.deepcopy(chapters))
+    monkeypatch.setattr(data, "load_data", lambda: data.ImageData("stand-in", None, None))
+    with pytest.raises(runs.RunError, match="was trained on cifar10, and the data here is stand"):
+        handin.write()
+    monkeypatch.setattr(data, "load_data", lambda: data.ImageData("cifar10", None, None))
     handin.write()
     with zipfile.ZipFile(tmp_path / "report" / "handin.zip") as archive:
         expected = [f"{handin.FOLDER}/{name}" for name in ("report.ipynb", "report.pdf")]
         assert archive.namelist() == expected
         assert archive.testzip() is None
+        notebook = nbformat.reads(archive.read(expected[0]).decode(), as_version=4)
+        assert len(notebook.cells) > 100
         assert archive.read(f"{handin.FOLDER}/report.pdf").startswith(b"%PDF")
 
 

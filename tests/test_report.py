@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import os
 import re
@@ -95,6 +96,27 @@ def test_nothing_of_an_earlier_report_is_taken_for_new(project: Path) -> None:
     (folder / "03_training_wide-blocks.ipynb").touch()  # made just before
     report.remove_pages(folder)
     assert [path.name for path in folder.iterdir()] == ["03_training_wide-blocks.ipynb"]
+
+
+def test_a_report_that_was_stopped_after_its_training_does_not_train_again(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, settings = project / "report" / "small", runs.Settings(preset="small", epochs=4)
+    made = runs.Run("small-seed0-2", folder, {}, pd.DataFrame(), pd.DataFrame(), {})
+    monkeypatch.setattr(runs, "names", lambda: [made.name])
+    monkeypatch.setattr(runs, "read", lambda name: made)
+    of_run = dataclasses.replace(settings, run=made.name)
+    monkeypatch.setattr(runs, "settings_of", lambda run: of_run)
+    assert report.trained_before(folder, settings) == ""
+    folder.mkdir(parents=True)
+    notebook = new_notebook(metadata={"papermill": {"parameters": {"run": made.name}}})
+    nbformat.write(notebook, folder / "03_training.ipynb")
+    assert report.trained_before(folder, settings) == ""  # stopped while it was executed
+    (folder / "03_training.html").touch()
+    assert report.trained_before(folder, settings) == made.name
+    assert report.trained_before(folder, dataclasses.replace(settings, epochs=5)) == ""
+    (folder / "index.html").touch()
+    assert report.trained_before(folder, settings) == "", "that one was finished"
 
 
 def test_an_unfinished_run_goes_on_from_the_run_with_which_it_began(project: Path) -> None:

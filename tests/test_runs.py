@@ -11,12 +11,13 @@ from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
+import nbformat
 import pandas as pd
 import pytest
 import torch
 import yaml
 
-from helpers import data, evaluation, runs
+from helpers import data, evaluation, report, runs
 from helpers.evaluation import mean_and_deviation
 from helpers.runs import ParameterError, RunError, Settings
 
@@ -180,6 +181,28 @@ def test_a_name_that_papermill_injects_and_nobody_knows_is_refused() -> None:
         runs.check_parameters({"seed": 3, "momentun": 0.9, "In": ["", "seed = 0", injected]})
 
 
+def test_a_misspelt_line_of_the_edited_cell_is_refused_until_it_is_mended() -> None:
+    wrong, right = (f'preset = "quick"\nseed = 0\n{name} = 1' for name in ("epoch", "epochs"))
+    namespace = {"preset": "quick", "seed": 0, "epoch": 1, "first_sizes": [], "epochs": 1}
+    for cells in (["", wrong], ["", right, "%cd ..", wrong]):
+        with pytest.raises(ParameterError, match="Parameter epoch is not known"):
+            runs.check_parameters(namespace | {"In": cells})
+    injected = "# Parameters\nmomentun = 0.9\n"
+    cells = ["", wrong, injected, right, "run = runs.read(run)"]
+    assert runs.check_parameters(namespace | {"In": cells}).epochs == 1
+
+
+@pytest.mark.parametrize("name", report.SEQUENCE)
+def test_no_later_cell_takes_the_name_of_a_parameter(name: str) -> None:
+    """So that the cell that checks them can be run again; a run is given and taken by its name."""
+    cells = nbformat.read(data.ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells
+    own = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    known = {field.name for field in dataclasses.fields(Settings)} - {"run"}
+    for cell in cells:
+        if cell.cell_type == "code" and cell not in own:
+            assert not known & set(runs.assigned(cell.source)), cell.source
+
+
 def test_presets_are_complete_and_pass_the_checks() -> None:
     expected = {"smoke", "eight-minutes", "quick", "hour", "wide-blocks", "full", "study"}
     assert {path.stem for path in PRESETS} == expected
@@ -240,8 +263,11 @@ def test_bfloat16_needs_a_processor_that_calculates_with_it(
             runs.check_parameters({"device": "cuda"})
 
 
+NO_METRICS = dict.fromkeys(runs.METRICS)  # all that a record holds, without values
+
+
 def write_run(settings: Settings, images: data.ImageData) -> runs.Run:
-    metrics = {"dataset": images.name, "test_accuracy": 0.6}
+    metrics = NO_METRICS | {"dataset": images.name, "test_accuracy": 0.6}
     with runs.Record(settings, images) as record:
         for epoch, accuracy, loss in ((1, 0.5, 2.0), (2, 0.6, 1.0)):
             row = {"epoch": epoch, "test_accuracy": accuracy}
@@ -258,7 +284,8 @@ def test_a_record_reads_back_as_it_was_written(folder: Path, tiny_images: data.I
     again = runs.read("quick-seed0")
     weights = (folder / "quick-seed0" / "weights.pt").read_bytes()
     checksum = {"weights_sha256": hashlib.sha256(weights).hexdigest()}
-    expected = {"dataset": "stand-in", "test_accuracy": 0.6, "interruptions": 0} | checksum
+    expected = NO_METRICS | {"dataset": "stand-in", "test_accuracy": 0.6, "interruptions": 0}
+    expected |= checksum
     assert again.metrics == run.metrics == expected
     assert again.config["dataset"] == "stand-in"
     assert again.history["test_accuracy"].tolist() == [0.5, 0.6]
@@ -355,6 +382,21 @@ def test_a_damaged_record_is_refused_by_name(
         runs.load_network(runs.read("quick-seed0"))
 
 
+@pytest.mark.parametrize(("name", "key"), [("config.json", "widths"), ("metrics.json", "hardware")])
+def test_a_record_without_what_every_record_holds_is_refused(
+    folder: Path, tiny_images: data.ImageData, name: str, key: str
+) -> None:
+    path = write_run(small(), tiny_images).folder / name
+    content = runs.read_json(path)
+    del content[key]
+    runs.write_json(path, content)
+    with pytest.raises(RunError, match=rf"{name} lacks {key}; restore it"):
+        runs.read("quick-seed0")
+    runs.write_json(path, {})
+    with pytest.raises(RunError, match=rf"{name} lacks dataset, preset"):
+        runs.read("quick-seed0")
+
+
 def test_weights_of_another_run_are_refused(folder: Path, tiny_images: data.ImageData) -> None:
     run, other = (write_run(small(f"run-{k}"), tiny_images) for k in (1, 2))
     (run.folder / "weights.pt").write_bytes((other.folder / "weights.pt").read_bytes())
@@ -388,6 +430,12 @@ def test_a_run_is_not_analysed_on_other_data(folder: Path, tiny_images: data.Ima
         runs.check_same_data(run, dataclasses.replace(tiny_images, name="cifar10"))
 
 
+def test_more_images_than_are_left_beside_those_held_out_are_refused() -> None:
+    assert Settings(validation=45_000, train_images=5000).images_of(50_000) == 5000
+    with pytest.raises(ParameterError, match=r"train_images = 5001: .* only 5000 are left"):
+        Settings(validation=45_000, train_images=5001)
+
+
 def test_training_parts_hold_out_what_is_asked(tiny_images: data.ImageData) -> None:
     training, validation = runs.training_parts(tiny_images, Settings(validation=20))
     assert (len(training), len(validation)) == (len(tiny_images.train) - 20, 20)
@@ -415,7 +463,7 @@ def test_accuracy_and_cost_of_everything_that_was_trained(
             run=name, seed=seed, widths=widths, stem_filters=0, pool_after=[], kernel_size=1,
             epochs=2, first_sizes=[16],
         )  # fmt: skip
-        metrics = {
+        metrics = NO_METRICS | {
             "dataset": tiny_images.name, "test_accuracy": accuracy, "train_seconds": 60 * widths[0],
             "seed": seed, "finished": name, "hardware": hardware[device],
         }  # fmt: skip
@@ -507,7 +555,7 @@ def test_choices_are_compared_with_the_base_of_their_family(
         with runs.Record(settings, tiny_images) as record:
             record.add_epoch({"epoch": 1}, [{"epoch": 1, "batch": 1, "loss": 1.0}])
             metrics = {"dataset": "stand-in", "preset": "choice", "validation_accuracy": 0.8}
-            record.finish(settings.network(), metrics)
+            record.finish(settings.network(), NO_METRICS | metrics)
     table = runs.choices("stand-in").set_index("run")
     assert table["beside"].to_dict() == {
         **dict.fromkeys(("choice-base", "choice-smaller", "choice-long-base"), "choice-base"),
@@ -549,6 +597,7 @@ def test_the_readme_states_what_the_records_say() -> None:
     for row in made.itertuples():
         own = [run for run in runs.finished() if run.name.startswith(f"{row.run}-seed")]
         alike = runs.seeds_of(next(run for run in own if runs.kind_of(run) == row.kind))
+        assert len(alike) == sum(runs.kind_of(run) == row.kind for run in own), row.run
         accuracy = mean_and_deviation(100 * alike["test_accuracy"], 2)
         minutes = mean_and_deviation(alike["train_seconds"] / 60, 1)
         assert f"| `{row.run}` | {row.n} | {accuracy} | {minutes} |" in readme, row.run

@@ -49,6 +49,60 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(
     assert run.batches["loss"].tolist() != third.batches["loss"].tolist()
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"translate": 0}, {"flip": False}, {"cutout": 8}, {"trivial_augment": 1.0},
+        {"label_smoothing": 0.0}, {"momentum": 0.5}, {"learning_rate": 0.01},
+        {"adam_learning_rate": 0.001}, {"skip_easy": 0.8},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_parameter_of_the_training_reaches_it(
+    changed: dict, tiny_images: data.ImageData
+) -> None:
+    before, after = (
+        quiet(tiny_images, dataclasses.replace(SMALL, run=name, **more))[1]
+        for name, more in (("before", {}), ("after", changed))
+    )
+    losses = before.batches["loss"].tolist(), after.batches["loss"].tolist()
+    assert losses[0] != losses[1]
+
+
+def test_every_epoch_has_its_own_number(
+    tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By which every image is mirrored in every second one."""
+    seen, set_epoch = [], training.set_epoch
+    monkeypatch.setattr(
+        training, "set_epoch", lambda loader, epoch, numbers: (
+            seen.append(epoch), set_epoch(loader, epoch, numbers)
+        )
+    )  # fmt: skip
+    quiet(tiny_images, SMALL)
+    assert seen[:3] == [0, 1, 2]
+
+
+def test_the_last_metrics_are_those_of_the_whole_run(
+    tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views, predict = [], evaluation.predict
+    monkeypatch.setattr(
+        evaluation, "predict", lambda *given, **more: (
+            views.append(given[3] if len(given) > 3 else None), predict(*given, **more)
+        )[1]
+    )  # fmt: skip
+    network, run = quiet(tiny_images, SMALL)
+    with_tta = predict(network, tiny_images.test, views=evaluation.TTA)
+    assert run.metrics["test_accuracy_tta"] == evaluation.accuracy(
+        with_tta, tiny_images.test.labels
+    )
+    assert views[-1] is evaluation.TTA
+    assert run.metrics["train_seconds"] == pytest.approx(run.history["seconds"].sum())
+    learned = [p for p in network.parameters() if p.requires_grad]
+    assert run.metrics["parameters"] == sum(p.numel() for p in learned)
+
+
 def test_measuring_more_often_does_not_change_the_training(
     tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
