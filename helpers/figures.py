@@ -798,7 +798,7 @@ def differences(compared: pd.DataFrame, base: str) -> Figure:
     seeds = compared["n"].drop(index=base)
     axes.set_yticks(range(len(rows)), [f"{name} (n = {n})" for name, n in seeds.items()])
     axes.invert_yaxis()
-    axes.set_xlabel(f"points of accuracy more than {base}, joint 95% intervals")
+    axes.set_xlabel(f"points more than {base}, joint 95% intervals")
     axes.grid(axis="x", alpha=0.4)
     return drawn
 
