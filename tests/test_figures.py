@@ -199,3 +199,46 @@ def test_nothing_published_stands_beside_what_was_trained_on_the_stand_in() -> N
     assert not any(line.get_marker() == "*" for axes in drawn.axes for line in axes.lines)
     assert "published answer, a GPU" not in [t.get_text() for t in drawn.legends[0].get_texts()]
     figures.accuracy_by_cost(COMPARED.iloc[:0])  # what smoke leaves on record: nothing to compare
+
+
+def test_the_confusion_figure_has_true_classes_as_rows() -> None:
+    counts = np.array([[5, 1, 2], [3, 6, 4], [7, 8, 9]])
+    (axes,) = figures.confusion(counts, ["a", "b", "c"]).axes
+    written = [text.get_text() for text in axes.texts]
+    assert written == ["", "1", "2", "3", "", "4", "7", "8", "", "5", "6", "9"]
+    assert axes.get_ylabel() == "true class" and axes.get_xlabel().startswith("answer")
+
+
+def test_the_reliability_figure_has_accuracy_over_confidence() -> None:
+    measured = evaluation.calibration(LOGITS, LABELS)
+    upper, lower = figures.reliability(measured).axes
+    (_, points, *_), counts = upper.lines, lower.lines[0]
+    assert points.get_xdata().tolist() == (100 * measured.confidence).tolist()
+    assert points.get_ydata().tolist() == (100 * measured.accuracy).tolist()
+    assert counts.get_ydata().tolist() == measured.count.tolist()
+
+
+def test_where_covering_costs_most_is_red() -> None:
+    loss = torch.tensor([[0.5, -0.1], [0.0, 0.2]])
+    panels = figures.occlusions(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), [loss], ["a"]).axes
+    (shown,) = panels[1].images
+    red, _, blue, _ = shown.cmap(shown.norm(0.5))
+    assert red > blue and shown.get_array().tolist() == loss.tolist()
+    assert (shown.norm.vmin, shown.norm.vmax) == (-0.5, 0.5)
+
+
+def test_as_written_is_dashed_and_as_built_is_not() -> None:
+    blocks = pd.DataFrame(
+        [(24, 32, 32, "3", form, L, time * L) for form, time in TIMES for L in (1, 2)],
+        columns=["in", "out", "map", "kernels", "form", "L", "ratio"],
+    )
+    steps = pd.DataFrame(
+        [("float32", form, L, time * L) for form, time in TIMES for L in (1, 2)],
+        columns=["precision", "form", "L", "milliseconds"],
+    )
+    for axes in figures.cost_by_branches(blocks, steps).axes:
+        by_style = {line.get_linestyle(): line.get_ydata().tolist() for line in axes.lines}
+        assert by_style["--"][1] > by_style["-"][1]
+
+
+TIMES = (("branches", 2.0), ("auto", 1.0))

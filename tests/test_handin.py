@@ -36,9 +36,20 @@ def best() -> runs.Run:
 @pytest.fixture(scope="module")
 def chapters(best: runs.Run) -> list[nbformat.NotebookNode]:
     """As `handin.make_chapters` gives them, but the first two with their stored outputs."""
+    given = {}
+
+    def execute(name: str, target: Path, parameters: dict) -> tuple[nbformat.NotebookNode, float]:
+        given[name], executed = parameters, stored(name)
+        injected = nbformat.v4.new_code_cell("# Parameters")
+        injected.metadata["tags"] = ["injected-parameters"]
+        executed.cells.insert(5, injected)
+        return executed, 0.0
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "execute", lambda name, *_: (stored(name), 0.0))
-        return handin.make_chapters(best)
+        patch.setattr(report, "execute", execute)
+        made = handin.make_chapters(best)
+    assert given == dict.fromkeys(report.SEQUENCE[:2], best.config)
+    return made
 
 
 def stored(name: str) -> nbformat.NotebookNode:
