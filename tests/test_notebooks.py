@@ -209,7 +209,7 @@ def tiny_project(copy_project: Callable[[], Path]) -> Path:
     preset.write_text(yaml.safe_dump(read_preset("smoke") | TINY), encoding="utf-8")
     module = project / "helpers" / "data.py"  # where CIFAR-10 is not, a smaller stand-in will do
     source = module.read_text(encoding="utf-8")
-    many = "training: int = 50_000, test: int = 10_000"
+    many = "training: int = TRAINING_IMAGES, test: int = TEST_IMAGES"
     assert many in source
     fewer = "training: int = 12_000, test: int = 2_000"
     module.write_text(source.replace(many, fewer), encoding="utf-8")
