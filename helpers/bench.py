@@ -453,7 +453,7 @@ def main(arguments: list[str] | None = None) -> None:
     """See the module's first lines; ends with one sentence and status 1 if something stops it."""
     stopped = (
         "Stopped from the keyboard; the tables of before are as they were, and those that were "
-        "finished in a folder beside them (-underway)."
+        "finished in notebooks/benchmarks/underway/."
     )
     with runs.ending_in_a_sentence((runs.RunError,), stopped):
         measure(arguments)
@@ -481,16 +481,18 @@ def measure(arguments: list[str] | None) -> None:
     folder = runs.BENCHMARKS / ("GPU" if on_gpu else machine["hardware"]["instructions"])
     if given.tables and (other := another_machine(folder, machine)):
         parser.error(f"{runs.place(folder)} is of {other}; measure all tables here, not some")
+    if given.tables:
+        for name in tables:
+            keep(folder, name, MEASUREMENTS[name](), machine)
+        return
     # All tables together replace the old ones in the end, which may be another machine's.
-    target = folder if given.tables else Path(f"{folder}-underway")
-    if not given.tables:
-        shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True, exist_ok=True)
+    target = runs.BENCHMARKS / "underway" / folder.name
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
     for name in tables:
         keep(target, name, MEASUREMENTS[name](), machine)
-    if not given.tables:
-        shutil.rmtree(folder, ignore_errors=True)
-        target.rename(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    target.rename(folder)
 
 
 if __name__ == "__main__":

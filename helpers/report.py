@@ -73,16 +73,16 @@ def make_report(preset: str, seed: int) -> Path:
     """
     folder = REPORT / preset
     parameters = runs.read_preset(preset) | {"seed": seed}
-    trained = trained_before(folder, runs.settings_from(parameters))
-    run = trained or runs.free_name(f"{preset}-seed{seed}")
-    parameters |= {"run": run}
     settings = runs.settings_from(parameters)
     folder.mkdir(parents=True, exist_ok=True)
 
-    print(
-        f"Run {run} of the preset {preset}, into {runs.place(folder)}; first, the data.", flush=True
-    )
+    print(f"Preset {preset}, into {runs.place(folder)}; first, the data.", flush=True)
     images = data.load_data()
+    trained = trained_before(folder, settings, images)
+    run = trained or runs.free_name(f"{preset}-seed{seed}")
+    parameters |= {"run": run}
+    settings = runs.settings_from(parameters)
+    print(f"Run {run}{', which is trained already' * bool(trained)}.", flush=True)
     dataset, drawn = images.name, data.ROOT / "figures" / runs.label(settings, images)
     parameters |= {"start_from": begun_from(run) or earlier_run(settings, folder)}
     settings = runs.settings_from(parameters)
@@ -106,9 +106,9 @@ def make_report(preset: str, seed: int) -> Path:
     return index
 
 
-def trained_before(folder: Path, settings: runs.Settings) -> str:
-    """The run of a report of these settings that was stopped behind its training, or nothing: its
-    page of the training is there and the index, which is made last, is not."""
+def trained_before(folder: Path, settings: runs.Settings, images: data.ImageData) -> str:
+    """The run of a report of these settings and images that was stopped behind its training, or
+    nothing: its page of the training is there and the index, which is made last, is not."""
     notebook, page = (folder / f"{TRAINING}.{ending}" for ending in ("ipynb", "html"))
     if (folder / "index.html").is_file() or not (notebook.is_file() and page.is_file()):
         return ""
@@ -116,9 +116,10 @@ def trained_before(folder: Path, settings: runs.Settings) -> str:
     run = given.get("parameters", {}).get("run", "")
     if run not in runs.names():
         return ""
-    made = runs.settings_of(runs.read(run))
+    earlier = runs.read(run)
+    made = runs.settings_of(earlier)
     same = dataclasses.replace(settings, run=run, start_from=made.start_from) == made
-    return run if same else ""
+    return run if same and earlier.metrics["dataset"] == images.name else ""
 
 
 def remove_pages(folder: Path) -> None:

@@ -1265,11 +1265,7 @@ def _block_ratios(folder: Path, precision: str) -> list[str]:
 def benchmark_folders(device: str = "cpu") -> list[Path]:
     """The folders of what `make bench` has measured on CPUs, or on GPUs (`"cuda"`), one a kind, the
     latest last."""
-    machines = {
-        path.parent: read_json(path)
-        for path in BENCHMARKS.glob("*/machine.json")
-        if not path.parent.name.endswith("-underway")
-    }
+    machines = {path.parent: read_json(path) for path in BENCHMARKS.glob("*/machine.json")}
     of_device = [folder for folder in machines if machines[folder]["hardware"]["device"] == device]
     return sorted(of_device, key=lambda folder: machines[folder]["finished"])
 

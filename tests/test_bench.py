@@ -168,7 +168,8 @@ def test_a_benchmark_that_was_stopped_leaves_the_old_tables(
     monkeypatch.setitem(bench.MEASUREMENTS, "steps", lambda: table)
     bench.main([])
     assert (folder / "blocks.csv").read_text() == "a\n2\n"
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert {path.name for path in tmp_path.iterdir()} == {folder.name, "underway"}
+    assert not list((tmp_path / "underway").iterdir())
 
 
 def test_an_unreadable_benchmark_is_told_in_a_sentence(

@@ -124,6 +124,7 @@ def test_the_readme_states_the_study() -> None:
         (f"{points:+.2f}".replace("-", "−"), f"{around:.2f}")
         for points, around in zip(differences, half, strict=True)
     ]
+    assert re.findall(r"± \d\.\d\d \| (\d+) \|", text)[-5:] == [str(n) for n in named["n"]]
     assert f"with {len(results)} short trainings" in text and f"{len(compared)} variants" in text
     assert (named["high"][:3] < 0).all() and (named["low"][3:] > 0).all(), "beyond chance"
     of_first = results[results["seed"].isin(study.SEEDS)]
@@ -157,6 +158,13 @@ def test_memory_grows_with_the_branches_as_the_parameters_do() -> None:
         assert memory["auto"][L] - memory["auto"][1] < copies + 1
         assert memory["branches"][L] - memory["branches"][1] > 5 * copies
     assert "the parameters with their gradients and momenta, and a copy of the kernels" in readmes()
+
+
+def test_the_pdf_says_what_was_new_in_every_training() -> None:
+    """In the words of the records' README, row by row; of what that does not know, nothing."""
+    new = report.what_was_new([*runs.by_cost()["run"], "mine"])
+    assert all(new[:-1]) and new[-1] == "" and new[0].startswith("four blocks behind a stem")
+    assert len(set(new)) == len(new), "two rows of one name have the same words"
 
 
 def test_the_readmes_ratios_are_those_of_the_records() -> None:

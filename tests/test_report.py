@@ -102,21 +102,26 @@ def test_a_report_that_was_stopped_after_its_training_does_not_train_again(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, settings = project / "report" / "small", runs.Settings(preset="small", epochs=4)
-    made = runs.Run("small-seed0-2", folder, {}, pd.DataFrame(), pd.DataFrame(), {})
+    images = data.ImageData("cifar10", None, None)
+    made = runs.Run(
+        "small-seed0-2", folder, {}, pd.DataFrame(), pd.DataFrame(), {"dataset": "cifar10"}
+    )
     monkeypatch.setattr(runs, "names", lambda: [made.name])
     monkeypatch.setattr(runs, "read", lambda name: made)
     of_run = dataclasses.replace(settings, run=made.name)
     monkeypatch.setattr(runs, "settings_of", lambda run: of_run)
-    assert report.trained_before(folder, settings) == ""
+    assert report.trained_before(folder, settings, images) == ""
     folder.mkdir(parents=True)
     notebook = new_notebook(metadata={"papermill": {"parameters": {"run": made.name}}})
     nbformat.write(notebook, folder / "03_training.ipynb")
-    assert report.trained_before(folder, settings) == ""  # stopped while it was executed
+    assert report.trained_before(folder, settings, images) == ""  # stopped while it was executed
     (folder / "03_training.html").touch()
-    assert report.trained_before(folder, settings) == made.name
-    assert report.trained_before(folder, dataclasses.replace(settings, epochs=5)) == ""
+    assert report.trained_before(folder, settings, images) == made.name
+    assert report.trained_before(folder, dataclasses.replace(settings, epochs=5), images) == ""
+    drawn = data.ImageData("stand-in", None, None)
+    assert report.trained_before(folder, settings, drawn) == "", "that one saw other images"
     (folder / "index.html").touch()
-    assert report.trained_before(folder, settings) == "", "that one was finished"
+    assert report.trained_before(folder, settings, images) == "", "that one was finished"
 
 
 def test_an_unfinished_run_goes_on_from_the_run_with_which_it_began(project: Path) -> None:
