@@ -541,8 +541,9 @@ def accuracy_by_cost(
     for axes, column in zip(panels, ("minutes", "work")):
         for kind, own in compared.groupby("kind"):
             axes.errorbar(
-                own[column], 100 * own["accuracy"], 100 * own["deviation"], fmt="o",
-                color=colours[kind], capsize=3, label=f"this project, {kind}",
+                own[column], 100 * own["accuracy"], 100 * own["deviation"],
+                own.get(f"{column}_deviation"), fmt="o", color=colours[kind], capsize=3,
+                label=f"this project, {kind}",
             )  # fmt: skip
         axes.set_xscale("log")
         _large(axes)

@@ -31,7 +31,8 @@ HISTORY = pd.DataFrame(
 )
 COMPARED = pd.DataFrame(
     {"run": ["a", "b"], "accuracy": [0.88, 0.9], "deviation": [None, 0.01], "minutes": [8, 10],
-     "work": [1e12, 2e12], "kind": ["CPU, AVX2, float32", "NVIDIA H100 80GB HBM3, bfloat16"]}
+     "minutes_deviation": [None, 2], "work": [1e12, 2e12],
+     "kind": ["CPU, AVX2, float32", "NVIDIA H100 80GB HBM3, bfloat16"]}
 )  # fmt: skip
 
 
@@ -192,6 +193,13 @@ def test_of_two_weights_that_add_up_to_one_the_first_is_drawn() -> None:
         kinds = [[f"C{number} 3×3" for number in range(1, a.shape[1] + 1)]]
         drawn = figures.gates_by_class([a], data.CLASSES, kinds).axes[0]
         assert len(drawn.get_xticklabels()) == columns
+
+
+def test_minutes_have_bars_over_seeds_and_the_arithmetic_has_none() -> None:
+    left, right = figures.accuracy_by_cost(COMPARED).axes
+    ends = [bar.get_segments() for bars in left.containers for bar in bars.lines[2]]
+    assert any(np.array_equal(end, [[[8, 90], [12, 90]]]) for end in ends)
+    assert all(len(bars.lines[2]) == 1 for bars in right.containers)
 
 
 def test_nothing_published_stands_beside_what_was_trained_on_the_stand_in() -> None:

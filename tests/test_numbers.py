@@ -48,6 +48,7 @@ def recorded() -> tuple[set[str], set[str]]:
                 accuracies.add(f"{100 * run.metrics[name]:.2f}")
                 accuracies.add(mean_and_deviation(100 * seeds[name].astype(float), 2))
         minutes.add(mean_and_deviation(seeds["train_seconds"] / 60, 1))
+        minutes.add(f"{run.metrics['train_seconds'] / 60:.1f}")
     for name in ("full-seed0", report.best_run()):
         right = round(data.TEST_IMAGES * runs.read(name).metrics["test_accuracy"])
         ends = evaluation.interval(right, data.TEST_IMAGES)

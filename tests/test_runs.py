@@ -484,6 +484,8 @@ def test_accuracy_and_cost_of_everything_that_was_trained(
     assert table.loc["run", "accuracy"] == pytest.approx(0.6)
     assert table.loc["run", "deviation"] == pytest.approx(0.02**0.5)
     assert list(table["minutes"]) == [2, 3]
+    assert table["minutes_deviation"].isna().tolist() == [True, False]
+    assert table.loc["run", "minutes_deviation"] == 0
     both = 256 + 1024  # positions in an image of 16×16, as in the first epoch, and in a whole one
     blocks = 2 * 3 * 3 * both + 2 * 3 * 2 + 2 * 3 * both  # two 1×1 convolutions, fc, weighted sum
     assert table.loc["run", "work"] == 3 * 160 * (blocks + 2 * 3 * 10)
@@ -577,7 +579,7 @@ def test_choices_are_compared_with_the_base_of_their_family(
 
 def test_the_same_parameters_on_another_machine_are_found() -> None:
     """Whatever the preset was called when the run was made, and whatever it went on from."""
-    for name, own, elsewhere in (("full", 1, ["full-seed1"]), ("hour", 1, []), ("quick", 3, [])):
+    for name, own, elsewhere in (("full", 1, ["full-seed1"]), ("hour", 2, []), ("quick", 3, [])):
         here = runs.read(f"{name}-seed0")
         everywhere = runs.seeds_anywhere(here)
         kinds = everywhere["kind"].tolist()
