@@ -387,11 +387,11 @@ def fresh_process(measure: Callable, options: dict[str, Any]) -> Any:
         return pool.apply(measure, kwds=options)
 
 
-def peak(L: int, form: str) -> float:
+def peak(precision: str, form: str, L: int) -> float:
     """The largest memory that this process needs for one step, in MiB, without the reserves that a
     training keeps; or that of the GPU."""
     runs.give_back_freed_memory()
-    step = step_of(512, form, branches=L, kernel_size=3)
+    step = step_of(512, form, branches=L, kernel_size=3, precision=precision)
     if device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -402,14 +402,13 @@ def peak(L: int, form: str) -> float:
 
 
 def bench_memory() -> pd.DataFrame:
-    """Peak memory of one step at batch 512: of a fresh process for each, or of the GPU."""
-    rows = []
-    for form in ("branches", "auto"):
-        for L in BRANCHES:
-            on_gpu = device().type == "cuda"
-            MiB = peak(L, form) if on_gpu else fresh_process(peak, {"L": L, "form": form})
-            rows.append({"form": form, "L": L, "MiB": MiB})
-            print(f"memory, {form}, L = {L}: {rows[-1]['MiB']:.0f} MiB", flush=True)
+    """Peak memory of one step at batch 512, in each precision that the device is made for: of a
+    fresh process for each, or of the GPU."""
+    rows, on_gpu = [], device().type == "cuda"
+    for number, form, L in itertools.product(precisions(), ("branches", "auto"), BRANCHES):
+        one = {"precision": str(number).removeprefix("torch."), "form": form, "L": L}
+        rows.append({**one, "MiB": peak(**one) if on_gpu else fresh_process(peak, one)})
+        print("memory, {precision}, {form}, L = {L}: {MiB:.0f} MiB".format(**rows[-1]), flush=True)
     return pd.DataFrame(rows)
 
 

@@ -43,8 +43,7 @@ class Rule(NamedTuple):
 # the less can be saved on them. (Those of AVX2 and AMX are from before Winograd's tiles lay place
 # by place and maps of float32 numbers were transposed block by block, which made both forms cheaper
 # with AVX512; that of AVX2 also from before mixed kernels were made for so few images at a time,
-# and `shared` was not tried there. When blocks and steps were measured with AVX512, `auto` still
-# took Winograd's tiles for one branch of 128 channels, and no products on maps of 2×2.)
+# and `shared` was not tried there.)
 RULES = {
     ("AVX2", "float32"): Rule(2, "grouped", winograd=24, winograd_a_branch=20),
     ("AVX512", "float32"): Rule(2, "grouped", winograd=80, winograd_a_branch=20, shared=True),
@@ -643,7 +642,7 @@ class _WinogradConvolution(torch.autograd.Function):
                 by_image = (36, len(scale), -1)
                 grad_a[part, l] = torch.linalg.vecdot(V.view(by_image), u.view(by_image)).sum(0)
                 if grad_V is not None:
-                    grad_V.add_(_weighted(u, scale))
+                    grad_V.view(by_image).addcmul_(u.view(by_image), scale[:, None])
             if grad_V is not None:
                 grad_padded = torch.zeros_like(padded)
                 _add(_apply(from_x.t(), grad_V), grad_padded)

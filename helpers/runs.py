@@ -1104,13 +1104,15 @@ def by_cost(dataset: str = "cifar10") -> pd.DataFrame:
     """Accuracy and cost of everything that was trained on all training images, a row for each.
 
     Columns: `run` (without its seed), `n` seeds, which `seeds` (as text), mean test `accuracy` and
-    its standard `deviation` (fractions of one), mean `minutes` of training and theirs
-    (`minutes_deviation`), the `kind` of machine, and `work`, the multiply-adds of a whole training: those of each image forward, as the formula
-    is written, and as many again for each of the two gradients. In the order in which the first
-    seed was finished. Runs on different kinds of machine are rows of their own.
+    its standard `deviation` (fractions of one), mean `minutes` of training and their standard
+    deviation (`minutes_deviation`), the `kind` of machine, and `work`, the multiply-adds of a whole
+    training: those of each image forward, as the formula is written, and as many again for each of
+    the two gradients. In the order in which the first seed was finished. Runs on different kinds
+    of machine are rows of their own.
     """
     columns = [
-        "run", "n", "seeds", "accuracy", "deviation", "minutes", "minutes_deviation", "kind", "work",
+        "run", "n", "seeds", "accuracy", "deviation", "minutes", "minutes_deviation", "kind",
+        "work",
     ]  # fmt: skip
     rows, known, among = [], [], finished()
     for run in sorted(among, key=lambda one: one.metrics["finished"]):

@@ -147,18 +147,27 @@ def saved_by_forms() -> pd.Series:
     return 1 - time["auto"] / time["branches"]
 
 
-def test_memory_grows_with_the_branches_as_the_parameters_do() -> None:
-    """And by a copy of the kernels in bfloat16, as README and notebook 02 say."""
-    memory = runs.benchmark("memory").pivot(index="L", columns="form", values="MiB")
+def test_memory_grows_with_the_branches_as_is_said() -> None:
+    """From two on in bfloat16 by no more than the parameters, as README and notebook 02 say."""
+    table = runs.benchmark("memory").pivot(index="L", columns=["precision", "form"], values="MiB")
     learned = {
         L: sum(p.numel() for p in runs.Settings(branches=L, kernel_size=3).network().parameters())
-        for L in memory.index
+        for L in table.index
     }
-    for L in (2, 4, 8):
-        copies = (12 + 2) * (learned[L] - learned[1]) / 2**20
-        assert memory["auto"][L] - memory["auto"][1] < copies + 1
-        assert memory["branches"][L] - memory["branches"][1] > 5 * copies
-    assert "the parameters with their gradients and momenta, and a copy of the kernels" in readmes()
+    more = round(12 * (learned[8] - learned[2]) / 2**20)
+    half, whole = (table[numbers, "auto"] for numbers in ("bfloat16", "float32"))
+    assert half[8] - half[2] < more
+    as_written = table.xs("branches", axis=1, level="form")
+    assert (as_written.loc[8] - as_written.loc[2] > 500).all(), "a map of every branch"
+    grown = [round(part[8] - part[2]) for part in (half, whole)]
+    second = [round(part[2] - part[1]) for part in (half, whole)]
+    said = "from two branches to eight in bfloat16 yes ({} MiB, the parameters with gradients and "
+    said += "momenta {}), in float32 {} MiB; the second branch brings {} and {} MiB"
+    assert said.format(grown[0], more, grown[1], *second) in readmes()
+    said = "The second branch brings the room for these, {} MiB in bfloat16 and {} MiB in float32. "
+    said += "From two branches to eight, memory grows by {} MiB in bfloat16, which is less than "
+    said += "the {} MiB of the parameters, and by {} MiB in float32"
+    assert said.format(*second, grown[0], more, grown[1]) in prose(ROOT / NOTEBOOKS[1])
 
 
 def test_the_pdf_says_what_was_new_in_every_training() -> None:
@@ -179,35 +188,43 @@ def test_the_readmes_ratios_are_those_of_the_records() -> None:
     nine, six = (runs.training_work(runs.read(f"choice-95-{name}")) for name in ("nine", "base"))
     small_first = seconds("choice-small-first") / seconds("choice-whole")
     stated = {
-        "take two to four times as long": [(slower.min(), 2), (slower.max(), 4)],
+        "take three to five times as long": [(slower.min(), 3), (slower.max(), 5)],
         "in 1.4 times its minutes": [(10 * longer("nine-blocks-seed0"), 14)],
         "in 2.2 times the minutes of `hour`": [(10 * longer("wide-blocks-seed0"), 22)],
         "in 4.2 times the minutes of `hour`": [(10 * longer("restarted-seed0"), 42)],
         "at a third more arithmetic": [(3 * nine / six, 4)],
         "take an eighth less time": [(8 * small_first, 7)],
     }
-    here = plain_convolutions("AVX2", "float32") / plain_convolutions("AMX", "float32")
-    assert round(here.median()) == 3
-    assert runs.latest_benchmark().name == "AMX", "here is where was measured last"
-    assert "takes about three times as long as one here" in prose(ROOT / NOTEBOOKS[1])
+    here = plain_convolutions("AVX512", "float32")
+    assert round((plain_convolutions("AVX2", "float32") / here).median(), 1) == 1.8
+    half = plain_convolutions("AVX512", "bfloat16") / here
+    assert half.median() == pytest.approx(0.54, abs=0.03)
+    assert runs.latest_benchmark().name == "AVX512", "here is where was measured last"
+    assert "takes nearly twice as long as one here" in prose(ROOT / NOTEBOOKS[1])
+    assert "takes little more than half the time here" in prose(ROOT / NOTEBOOKS[1])
     text = readmes()
     tried = runs.benchmark("tried").set_index("tried")["ratio"]
     assert tried["blocks as written"] == pytest.approx(1, abs=0.15), "about as long as written"
-    full = runs.benchmark("full").query("form == 'auto'").set_index("size")["ratio"]
+    full, there = (
+        runs.benchmark("full", runs.BENCHMARKS / name).query("form == 'auto'")
+        .set_index("size")["ratio"] for name in ("AVX512", "AMX")
+    )  # fmt: skip
+    assert full[32] == pytest.approx(1, abs=0.03), "as written"
     stated["takes a tenth less time on whole images, and two fifths less on images of 16×16"] = [
-        (10 * (1 - full[32]), 1), (5 * (1 - full[16]), 2),
+        (10 * (1 - there[32]), 1), (5 * (1 - there[16]), 2),
     ]  # fmt: skip
     # Cell 33 of notebook 02: what each branch more adds to a step, the last two columns of aims.
     aims = runs.benchmark_aims().iloc[1:, 2:].map(lambda text: float(text.rstrip("%")))
     assert aims.iloc[:, 0].min() >= 1.9 and 29 <= aims.iloc[:, 1].min() <= 31
     newer = aims.loc[["AVX512", "AMX"]].iloc[:, 2]
-    assert 8 < newer.min() <= 11 and 18 <= newer.max() <= 21
+    assert round(100 / newer.min()) in (12, 13) and 18 <= newer.max() <= 21
     assert "a step is nowhere below 1.9" in prose(ROOT / NOTEBOOKS[1])
     gain = saved_by_forms()
-    words = "with four branches gains little in bfloat16, and a third with eight"
-    assert f"{words}; in float32 it gains two fifths with four" in prose(ROOT / NOTEBOOKS[1])
-    assert gain["bfloat16", 4] < 0.1
-    assert (round(3 * gain["bfloat16", 8]), round(5 * gain["float32", 4])) == (1, 2)
+    words = "with four branches takes a third less time in bfloat16 and nearly half less in float32"
+    assert f"{words}; with eight it takes three fifths less in both" in prose(ROOT / NOTEBOOKS[1])
+    assert "nearly half less time in float32 and a third less in bfloat16 than as written" in text
+    assert (round(3 * gain["bfloat16", 4]), round(2 * gain["float32", 4], 1)) == (1, 0.9)
+    assert [round(5 * gain[numbers, 8]) for numbers in ("bfloat16", "float32")] == [3, 3]
     for words, numbers in stated.items():
         assert words in text
         assert all(round(ratio) == said for ratio, said in numbers), words
