@@ -388,10 +388,11 @@ def fresh_process(measure: Callable, options: dict[str, Any]) -> Any:
 
 
 def peak(precision: str, form: str, L: int) -> float:
-    """The largest memory that this process needs for one step, in MiB, without the reserves that a
+    """The largest memory that this process needs for a step, in MiB, without the reserves that a
     training keeps; or that of the GPU."""
     runs.give_back_freed_memory()
     step = step_of(512, form, branches=L, kernel_size=3, precision=precision)
+    step()  # in which there are no momenta yet
     if device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()
