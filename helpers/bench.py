@@ -141,12 +141,12 @@ def block(
     return there_and_back(layer, c, size, LAST, precision)
 
 
-def precisions() -> list[torch.dtype]:
-    """The number types with which this device calculates at full speed."""
+def precisions() -> list[str]:
+    """The names of the number types with which this device calculates at full speed."""
     if device().type == "cuda":
-        return [torch.bfloat16]
+        return ["bfloat16"]
     able = runs.pick_precision("auto", device()) == torch.bfloat16
-    return [torch.float32] + [torch.bfloat16] * able
+    return ["float32"] + ["bfloat16"] * able
 
 
 def bench_blocks() -> pd.DataFrame:
@@ -160,12 +160,12 @@ def bench_blocks() -> pd.DataFrame:
     cases = [(shape, (3,) * 4) for shape in SHAPES]
     cases += [(shape, (3,) * L) for shape in SWEPT for L in BRANCHES if L != 4]
     cases += [(shape, (3, 1)) for shape in MIXED]
-    for precision, ((c, out, size), sizes) in itertools.product(precisions(), cases):
+    for numbers, ((c, out, size), sizes) in itertools.product(precisions(), cases):
+        precision, kernels = getattr(torch, numbers), "+".join(map(str, sizes))
         candidates: dict[str, Callable] = plain(c, out, size, precision)
         candidates |= {form: block(c, out, size, sizes, form, precision) for form in FORMS}
         seconds = one_after_another(candidates)
         one = min(value for name, value in seconds.items() if name.startswith("plain"))
-        numbers, kernels = str(precision).removeprefix("torch."), "+".join(map(str, sizes))
         for form in FORMS:
             rows.append(
                 {"precision": numbers, "in": c, "out": out, "map": size, "L": len(sizes),
@@ -225,8 +225,7 @@ def bench_steps() -> pd.DataFrame:
     each precision that the device is made for."""
     rows = []
     recorded = device().type == "cuda"
-    for precision, form in itertools.product(precisions(), ("branches", "auto")):
-        numbers = str(precision).removeprefix("torch.")
+    for numbers, form in itertools.product(precisions(), ("branches", "auto")):
         settings = {"recorded": recorded, "kernel_size": 3, "precision": numbers}
         candidates = {L: step_of(250, form, branches=L, **settings) for L in BRANCHES}
         for step in candidates.values():  # those before the recording, and the first of it
@@ -403,11 +402,11 @@ def peak(precision: str, form: str, L: int) -> float:
 
 
 def bench_memory() -> pd.DataFrame:
-    """Peak memory of one step at batch 512, in each precision that the device is made for: of a
+    """Peak memory of a step at batch 512, in each precision that the device is made for: of a
     fresh process for each, or of the GPU."""
     rows, on_gpu = [], device().type == "cuda"
-    for number, form, L in itertools.product(precisions(), ("branches", "auto"), BRANCHES):
-        one = {"precision": str(number).removeprefix("torch."), "form": form, "L": L}
+    for numbers, form, L in itertools.product(precisions(), ("branches", "auto"), BRANCHES):
+        one = {"precision": numbers, "form": form, "L": L}
         rows.append({**one, "MiB": peak(**one) if on_gpu else fresh_process(peak, one)})
         print("memory, {precision}, {form}, L = {L}: {MiB:.0f} MiB".format(**rows[-1]), flush=True)
     return pd.DataFrame(rows)

@@ -313,7 +313,8 @@ def with_outputs(notebook: NotebookNode, executed: NotebookNode) -> NotebookNode
 
 
 def portable(notebook: NotebookNode) -> NotebookNode:
-    """`notebook` without the paths of this machine: the project's root and the user's home."""
+    """`notebook` without the paths of this machine: the project's root, the user's home, and the
+    other folder that papermill may have read it from or written it to."""
 
     def shorten(value):
         if isinstance(value, str):
@@ -328,7 +329,10 @@ def portable(notebook: NotebookNode) -> NotebookNode:
         if cell.cell_type == "code":
             cell.outputs = shorten(cell.outputs)
     if "papermill" in notebook.metadata:
-        notebook.metadata.papermill = shorten(notebook.metadata.papermill)
+        known = notebook.metadata.papermill = shorten(notebook.metadata.papermill)
+        for key in ("input_path", "output_path"):
+            if Path(known.get(key) or "").is_absolute():
+                known[key] = Path(known[key]).name
     return notebook
 
 

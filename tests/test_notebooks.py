@@ -99,6 +99,12 @@ def test_sources_hold_no_absolute_path(name: str) -> None:
         assert not report.FAULTS["an absolute path"].search(cell.source), cell.source
 
 
+def test_no_notebook_says_where_papermill_wrote_it() -> None:
+    for path in NOTEBOOKS.rglob("*.ipynb"):
+        metadata = json.dumps(nbformat.read(path, as_version=4).metadata)
+        assert not report.FAULTS["an absolute path"].search(metadata.replace('"', "'")), path
+
+
 @each_notebook
 def test_formulas_can_be_shown_offline(name: str, tmp_path: Path) -> None:
     report.render(read(name), tmp_path / "page.html", "cifar10")

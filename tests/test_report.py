@@ -208,6 +208,13 @@ def test_a_run_to_go_on_from_is_made_first_unless_its_weights_are_here(
     assert (runs.RUNS / "a-seed0-2" / "03_training.ipynb").is_file()
 
 
+def test_a_notebook_that_papermill_wrote_elsewhere_keeps_the_name_alone() -> None:
+    paths = {"input_path": f"{data.ROOT}/notebooks/a.ipynb", "output_path": "/elsewhere/b.ipynb"}
+    notebook = new_notebook(metadata={"papermill": {**paths, "version": "2"}})
+    known = report.portable(notebook).metadata.papermill
+    assert known == {"input_path": "notebooks/a.ipynb", "output_path": "b.ipynb", "version": "2"}
+
+
 def test_execute_gives_declared_parameters_and_stores_no_path(
     project: Path, capfd: pytest.CaptureFixture
 ) -> None:
