@@ -17,6 +17,7 @@ import dataclasses
 import io
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -569,7 +570,8 @@ def pdf_content(run: runs.Run) -> dict:
         ],
         "history": [
             [
-                row.run, row.seeds, with_deviation(row), f"{row.minutes:.1f}", row.kind,
+                row.run, row.seeds, with_deviation(100 * row.accuracy, 100 * row.deviation, 2),
+                with_deviation(row.minutes, row.minutes_deviation, 1), row.kind,
                 f"{evaluation.PUBLISHED_WORK / row.work:,.0f}", new,
             ]
             for row, new in zip(made.itertuples(), what_was_new(made["run"]), strict=True)
@@ -712,10 +714,10 @@ def last_statistics() -> str:
     return f" ({said['run']} has {clean:.2%} with the former and {augmented:.2%} with the latter)"
 
 
-def with_deviation(row: Any) -> str:
-    """The test accuracy of a row of `runs.by_cost` in per cent, with its standard deviation."""
-    spread = f" ± {100 * row.deviation:.2f}" if row.n > 1 else ""
-    return f"{100 * row.accuracy:.2f}{spread}"
+def with_deviation(mean: float, deviation: float, digits: int) -> str:
+    """A mean of `runs.by_cost` as text, with its standard deviation unless it is of one run."""
+    spread = "" if math.isnan(deviation) else f" ± {deviation:.{digits}f}"
+    return f"{mean:.{digits}f}{spread}"
 
 
 def when_measured(parts: list[dict[str, Any]], histories: list[pd.DataFrame]) -> str:
