@@ -32,7 +32,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
-from helpers import runs, training
+from helpers import mixing, runs, training
 from helpers.model import FORMS, IntermediateBlock
 
 BATCH = {"cpu": 128, "cuda": 512}  # a GPU has more to do at once
@@ -156,23 +156,23 @@ def bench_blocks() -> pd.DataFrame:
     A row for each precision, shape, kernel sizes and form; `ratio` is to the plain convolution of
     the same rounds.
     """
-    rows = []
+    rows, forms = [], [form for form in FORMS if form != "compiled" or not mixing.missing()]
     cases = [(shape, (3,) * 4) for shape in SHAPES]
     cases += [(shape, (3,) * L) for shape in SWEPT for L in BRANCHES if L != 4]
     cases += [(shape, (3, 1)) for shape in MIXED]
     for numbers, ((c, out, size), sizes) in itertools.product(precisions(), cases):
         precision, kernels = getattr(torch, numbers), "+".join(map(str, sizes))
         candidates: dict[str, Callable] = plain(c, out, size, precision)
-        candidates |= {form: block(c, out, size, sizes, form, precision) for form in FORMS}
+        candidates |= {form: block(c, out, size, sizes, form, precision) for form in forms}
         seconds = one_after_another(candidates)
         one = min(value for name, value in seconds.items() if name.startswith("plain"))
-        for form in FORMS:
+        for form in forms:
             rows.append(
                 {"precision": numbers, "in": c, "out": out, "map": size, "L": len(sizes),
                  "kernels": kernels, "form": form, "milliseconds": 1e3 * seconds[form],
                  "plain": 1e3 * one, "ratio": seconds[form] / one}
             )  # fmt: skip
-        ratios = ", ".join(f"{form} {seconds[form] / one:.2f}" for form in FORMS)
+        ratios = ", ".join(f"{form} {seconds[form] / one:.2f}" for form in forms)
         print(f"{numbers}, {c}→{out} at {size}×{size}, kernels {kernels}: {ratios}", flush=True)
     return pd.DataFrame(rows)
 
@@ -269,7 +269,7 @@ def bench_full() -> pd.DataFrame:
 # evaluated by products of matrices: all of them are the optimiser's and the gates'.
 PRODUCTS = ("bmm", "baddbmm", "aten::mm", "addmm")
 CONVOLUTIONS = {
-    "cpu": {"convolutions and their products": ("conv", *PRODUCTS)},
+    "cpu": {"convolutions and their products": ("conv", "CompiledConvolution", *PRODUCTS)},
     "cuda": {"convolutions": ("conv",), "products of optimiser and gates": PRODUCTS},
 }
 OTHERS = {
@@ -319,6 +319,7 @@ TRIED: dict[str, dict[str, Any]] = {
     "weights multiplied with each block's input": {"form": "scaled"},
     "products of patches in every block": {"form": "products"},
     "mixed kernels in every block": {"form": "grouped"},
+    "mixed kernels, compiled, in every block": {"form": "compiled"},
     "contiguous maps": {"layout": "contiguous_format"},
     "freed memory given back": {"keep": False},
     "denormal numbers kept": {"flush": False},
@@ -344,6 +345,8 @@ def bench_tried() -> pd.DataFrame:
     """
     rows, before = [], fresh_process(time_step, {})
     for name, options in TRIED.items():
+        if options.get("form") == "compiled" and mixing.missing():
+            continue
         tried, after = fresh_process(time_step, options), fresh_process(time_step, {})
         usual = (before["milliseconds"] + after["milliseconds"]) / 2
         rows.append({"tried": name, **tried, "ratio": tried["milliseconds"] / usual})

@@ -28,7 +28,8 @@ from helpers import data, report, runs
 
 FOLDER = "input-weighted-convolution"  # in the zip
 MODULES = (
-    "__init__", "data", "augment", "model", "evaluation", "probing", "runs", "training", "figures",
+    "__init__.py", "data.py", "augment.py", "mixing.cpp", "mixing.py", "model.py", "evaluation.py",
+    "probing.py", "runs.py", "training.py", "figures.py",
 )  # fmt: skip
 # What a chapter does not repeat, because it stands at the notebook's top.
 AT_THE_TOP = ("import sys\nfrom pathlib import Path", "settings = runs.check", "images = data.load")
@@ -161,10 +162,13 @@ def code(source: str, printed: str = "") -> NotebookNode:
 
 
 def module_cells(name: str) -> list[NotebookNode]:
-    """A heading with the module's own first line, and the cell that writes it."""
-    path = f"helpers/{name}.py"
+    """A heading with the module's own first sentence, and the cell that writes it."""
+    path = f"helpers/{name}"
     source = (data.ROOT / path).read_text(encoding="utf-8")
-    first = (ast.get_docstring(ast.parse(source)) or "").split("\n")[0]
+    if name.endswith(".py"):
+        first = (ast.get_docstring(ast.parse(source)) or "").split("\n")[0]
+    else:
+        first = source.split("\n")[0].removeprefix("// ")
     return [
         new_markdown_cell(f"### {path}\n\n{first}"),
         code(f"%%writefile {path}\n{source.rstrip()}", f"Writing {path}\n"),

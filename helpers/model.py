@@ -21,8 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from helpers import mixing
+
 GATES = ("linear", "softmax", "sigmoid", "constant", "uniform")
-FORMS = ("auto", "branches", "fused", "products", "scaled", "grouped", "patches", "winograd")
+FORMS = (
+    "auto", "branches", "fused", "products", "scaled", "grouped", "patches", "winograd", "compiled"
+)  # fmt: skip
 ACTIVATIONS = {"none": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
@@ -37,6 +41,10 @@ class Rule(NamedTuple):
     product: float = math.inf
     widening: float = 1  # factor on `mixing` where out ≥ 2·in
     shared: bool = False  # whether `winograd` is divided by the number of 3×3 branches
+    # How many positions of a convolution cost as much as to mix a kernel in form `compiled`; and
+    # what `winograd_a_branch` is against it.
+    compiled: float = math.inf
+    winograd_compiled: float = math.inf
 
 
 # By what a CPU calculates with, measured by `make bench`: the faster its plain convolutions are,
@@ -46,9 +54,17 @@ class Rule(NamedTuple):
 # and `shared` was not tried there.)
 RULES = {
     ("AVX2", "float32"): Rule(2, "grouped", winograd=24, winograd_a_branch=20),
-    ("AVX512", "float32"): Rule(2, "grouped", winograd=80, winograd_a_branch=20, shared=True),
+    ("AVX512", "float32"): Rule(
+        2,
+        "grouped",
+        winograd=80,
+        winograd_a_branch=20,
+        shared=True,
+        compiled=24,
+        winograd_compiled=70,
+    ),
     ("AVX512", "bfloat16"): Rule(
-        1.7, "patches", winograd=math.inf, winograd_a_branch=math.inf, product=30
+        1.7, "patches", winograd=math.inf, winograd_a_branch=math.inf, product=30, compiled=27
     ),
     ("AMX", "float32"): Rule(
         2, "grouped", winograd=80, winograd_a_branch=20, product=30, shared=True
@@ -78,6 +94,29 @@ def check_positive(argument: str, value: int) -> None:
         raise ValueError(
             f"{argument}={value!r} is not allowed; it must be an integer of at least 1."
         )
+
+
+def check_compiled(
+    c: int, out: int, stride: int, dtype: torch.dtype = torch.float32, kind: str = "cpu"
+) -> None:
+    """Raise a ValueError if form `"compiled"` cannot be had here, or not for a block like this."""
+    if mixing.missing():
+        raise ValueError(
+            f"form='compiled' cannot be had here: {mixing.missing()} Use form='auto', "
+            "which does without it."
+        )
+    if kind != "cpu" or not mixing.fits(dtype):
+        raise ValueError(
+            f"form='compiled' is not allowed for {dtype} numbers on {kind}; it needs a CPU and "
+            "float32, or bfloat16 where the CPU calculates with it."
+        )
+    if not mixing.fits(dtype, c, out):
+        raise ValueError(
+            f"form='compiled' is not allowed with in_channels={c} and out_channels={out}; "
+            f"it needs multiples of {mixing.CHANNELS}."
+        )
+    if stride != 1:
+        raise ValueError(f"form='compiled' is not allowed with stride={stride}; it needs 1.")
 
 
 def check_images(argument: str, x: Tensor, channels: int) -> None:
@@ -118,11 +157,12 @@ class IntermediateBlock(nn.Module):
         bias: whether the branches have biases; pointless where batch normalisation follows.
         form: how the sum is evaluated. `"branches"`: as written. `"fused"`: the same, with the
             weighted sum in one pass; `"products"` (stride 1): with, besides, each convolution as
-            one matrix product of all images' patches. Since convolution is linear, four others are
+            one matrix product of all images' patches. Since convolution is linear, five others are
             the same function: `"scaled"`, Σ Wₗ∗(aₗ·x); `"grouped"`, one convolution of each image
             with its own kernel, (Σ aₗ·Wₗ)∗x; `"patches"` (stride 1), the same as one matrix product
-            for each image; and `"winograd"` (3×3 and 1×1 kernels, stride 1), the sum inside
-            Winograd's short convolution of tiles.
+            for each image; `"compiled"` (stride 1, on a CPU), the same by a program in C++
+            (`helpers/mixing.py`, which says what it takes); and `"winograd"` (3×3 and 1×1 kernels,
+            stride 1), the sum inside Winograd's short convolution of tiles.
             `"auto"` takes on a CPU the cheapest for the shapes at hand, and on a GPU `"fused"`.
             Only in `"branches"` are the branches called as modules (with their hooks), and can
             gradients of gradients be had; it is all there is on devices other than these two.
@@ -132,7 +172,7 @@ class IntermediateBlock(nn.Module):
 
     Raises:
         ValueError: an argument that is not allowed, named with its value and what is allowed; or,
-            when called, an x that is not b×in_channels×h×w.
+            when called, an x that is not b×in_channels×h×w, or that form `"compiled"` cannot take.
     """
 
     def __init__(
@@ -157,6 +197,8 @@ class IntermediateBlock(nn.Module):
         check_choice("gate", gate, GATES)
         check_choice("form", form, FORMS)
         sizes = kernel_sizes(kernel_size, branches)
+        if form == "compiled":
+            check_compiled(in_channels, out_channels, stride)
         if form in ("patches", "products") and stride != 1:
             raise ValueError(f"form={form!r} is not allowed with stride={stride}; it needs 1.")
         if form == "winograd" and (stride != 1 or max(sizes) != 3):
@@ -212,7 +254,9 @@ class IntermediateBlock(nn.Module):
         what the CPU calculates with.
 
         A mixed kernel is one convolution instead of L, but has to be made for each image, however
-        small its map: large maps, or many branches. Where products are quick, it is cheaper to
+        small its map: large maps, or many branches. Made and used in the cache of a core, by a
+        compiled program, it costs as much as some positions of a convolution do. Without that it is
+        many more; where products are quick, it is then cheaper to
         copy the map's patches than to rearrange a kernel for each image; and where blocks widen,
         mixing pays from more branches on, since a is else multiplied with x. Winograd's tiles save
         more than half of the multiplications of 3×3 kernels (in·out), at a price for each channel
@@ -237,17 +281,26 @@ class IntermediateBlock(nn.Module):
         rest = [l for l in everyone if l not in threes]
         c, out = x.shape[1], self.branches[0].out_channels
         channels, wider = c * out / (c + out), rule.widening if out >= 2 * c else 1
-        mixing = kernels >= rule.mixing * wider * max(1, MIXING_POSITIONS / positions)
-        if self.stride == 1 and channels >= rule.product * positions:
+        mixes = kernels >= rule.mixing * wider * max(1, MIXING_POSITIONS / positions)
+        compiled = kernels >= 1 + rule.compiled / positions and self.compiles()
+        if self.stride == 1 and channels >= rule.product * positions and not compiled:
             return [("products", everyone)]
         needed = rule.winograd / (max(1, len(threes)) if rule.shared else 1)
-        if mixing:
-            needed = rule.winograd_a_branch * len(threes)
+        if compiled or mixes:
+            a_branch = rule.winograd_compiled if compiled else rule.winograd_a_branch
+            needed = a_branch * len(threes)
         plain = "scaled" if x.shape[1:].numel() < out * positions else "fused"
         whole = x.shape[2:] == _whole_tiles(*x.shape[2:])
         if channels >= needed and len(threes) >= (1 if whole else 2):
             return [("winograd", threes)] + [(plain, rest)] * bool(rest)
-        return [(mixed if mixing else plain, everyone)]
+        return [("compiled" if compiled else mixed if mixes else plain, everyone)]
+
+    @torch.compiler.disable  # nothing of it is for tracing
+    def compiles(self) -> bool:
+        """Whether form `"compiled"` can be had here for this block."""
+        numbers = number_type("cpu", self.branches[0])
+        channels = self.fc.in_features, self.branches[0].out_channels
+        return self.stride == 1 and mixing.fits(numbers, *channels) and not mixing.missing()
 
     @torch.compiler.disable  # its functions have gradients of their own, which are not for tracing
     def evaluate(self, form: str, part: list[int], x: Tensor, a: Tensor) -> Tensor:
@@ -257,10 +310,13 @@ class IntermediateBlock(nn.Module):
         if form == "branches":
             return weighted_sum(x, a, branches)
         kind = x.device.type
-        coarse = form != "winograd" and torch.is_autocast_enabled(kind)  # its tiles lose more
-        dtype = torch.get_autocast_dtype(kind) if coarse else branches[0].weight.dtype
+        dtype = number_type(kind, branches[0])
+        if form == "winograd":
+            dtype = branches[0].weight.dtype  # its tiles lose more
         with torch.autocast(kind, enabled=False):  # own gradients, of one number type
             x, a = x.to(dtype), a.to(dtype)
+            if form == "compiled":
+                check_compiled(x.shape[1], branches[0].out_channels, self.stride, dtype, kind)
             if form in ("fused", "products", "scaled"):
                 kernels = [branch.weight.to(dtype) for branch in branches]
                 x_new = _SumOfConvolutions.apply(x, a, form, self.stride, *kernels)
@@ -268,9 +324,15 @@ class IntermediateBlock(nn.Module):
                 kernels = stacked_kernels(branches, dtype)
                 x_new = _GroupedConvolution.apply(x, a, kernels, self.stride)
             else:
-                function = _PatchProducts if form == "patches" else _WinogradConvolution
-                x_new = function.apply(x, a, stacked_kernels(branches, dtype))
+                x_new = ALL_KERNELS[form].apply(x, a, stacked_kernels(branches, dtype))
         return with_biases(x_new, a, branches)
+
+
+def number_type(kind: str, branch: nn.Conv2d) -> torch.dtype:
+    """What a branch calculates with on a kind of device: autocast's numbers, or its own."""
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return branch.weight.dtype
 
 
 def instructions() -> str:
@@ -510,6 +572,27 @@ class _PatchProducts(torch.autograd.Function):
         return grad_x, grad_a, grad_bank.view(L, k, k, c, out).permute(0, 4, 3, 1, 2)
 
 
+class _CompiledConvolution(torch.autograd.Function):
+    """(Σ aₗ·Wₗ)∗x of stride 1 by the program of `helpers/mixing.py`, which forgets each mixed
+    kernel while it is in the cache. Back to x it is the same with kernels turned by 180°.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, a, weight)
+        return mixing.convolved(x, a, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        x, a, weight = ctx.saved_tensors
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = mixing.convolved(grad, a, weight.flip(3, 4).transpose(1, 2))
+        grad_a, grad_weight = mixing.gradients(x, grad, a, weight)
+        return grad_x, grad_a.to(a.dtype), grad_weight.to(weight.dtype)
+
+
 def _rows(x: Tensor, k: int) -> Tensor:
     """The k×k patches of all maps b×c×h×w, one a row: (b·h·w)×(k²·c)."""
     if k == 1:  # no copy
@@ -720,6 +803,12 @@ def _add(tiles: Tensor, maps: Tensor) -> None:
     for rows in (slice(0, 4), slice(4, 6)):
         for columns in (slice(0, 4), slice(4, 6)):
             places[rows, columns].add_(tiles[rows, columns])
+
+
+# The forms that take x, a and the branches' kernels as one tensor.
+ALL_KERNELS = {
+    "patches": _PatchProducts, "compiled": _CompiledConvolution, "winograd": _WinogradConvolution
+}  # fmt: skip
 
 
 class OutputBlock(nn.Module):
@@ -1064,7 +1153,7 @@ def _block_multiply_adds(block: IntermediateBlock, x: Tensor, output: Tensor) ->
     for form, part in block.parts(x):
         own = [kernels[l] for l in part]
         match form:
-            case "grouped" | "patches":
+            case "grouped" | "patches" | "compiled":
                 evaluated += max(own) * (len(part) + positions)
             case "scaled":
                 evaluated += len(part) * x.shape[1:].numel() + sum(own) * positions

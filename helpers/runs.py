@@ -30,6 +30,7 @@ import yaml
 from filelock import FileLock, Timeout
 from torch import nn
 
+from helpers import mixing
 from helpers.data import IMAGE_SIZE, ROOT, TRAINING_IMAGES, ImageData, ImageSet, split
 from helpers.model import ACTIVATIONS, GATES, BlockNetwork, instructions, layer_table
 
@@ -900,6 +901,8 @@ def surroundings(device: torch.device, precision: str = "float32") -> dict[str, 
         "device": device.type,
         "precision": str(pick_precision(precision, device)).removeprefix("torch."),
     }
+    if device.type == "cpu":
+        hardware["compiled"] = not mixing.missing()  # whether blocks have that form
     if device.type == "cuda":
         hardware["gpu"] = torch.cuda.get_device_name(device)
     versions = {

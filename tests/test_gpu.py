@@ -108,7 +108,7 @@ def test_losses_are_read_late_and_none_is_missed(monkeypatch: pytest.MonkeyPatch
 
 @needs_gpu
 @pytest.mark.parametrize("kernels", [(3, 3, 3), (3, 1)], ids=str)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "compiled"])
 def test_every_form_equals_the_formula_there(form: str, kernels: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     block = IntermediateBlock(8, 16, len(kernels), kernels, form="branches").double()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from matplotlib.text import Annotation
 from torch import nn
 
-from helpers import figures, model
+from helpers import figures, mixing, model
 from helpers.model import (
     BlockNetwork,
     IntermediateBlock,
@@ -38,8 +38,10 @@ SHAPES = [
     (2, (3, 1), 1, (9, 13), "softmax"),
     (8, 3, 2, (1, 1), "sigmoid"),
 ]
+# The compiled form takes only some shapes and numbers: tests/test_mixing.py.
+FORMS = tuple(form for form in model.FORMS if form != "compiled")
 SUMS = ("fused", "scaled", "products")  # one convolution after the other
-FAST = tuple(form for form in model.FORMS if form != "branches")
+FAST = tuple(form for form in FORMS if form != "branches")
 
 
 def possible(shape, form):
@@ -49,7 +51,7 @@ def possible(shape, form):
     return form not in ("winograd", "patches", "products") or shape[2] == 1
 
 
-CASES = [(shape, form) for shape in SHAPES for form in model.FORMS if possible(shape, form)]
+CASES = [(shape, form) for shape in SHAPES for form in FORMS if possible(shape, form)]
 
 
 @pytest.fixture(autouse=True)
@@ -341,7 +343,7 @@ def test_a_weights_branches_not_channels():
     L = 4
     block = IntermediateBlock(3, L, L, gate="linear", form="branches")
     x = torch.randn(5, 3, 6, 6)
-    for form, l in itertools.product(model.FORMS, range(L)):
+    for form, l in itertools.product(FORMS, range(L)):
         block.form = form
         block.fc.bias.data = F.one_hot(torch.tensor(l), L).float()
         torch.testing.assert_close(block(x), block.branches[l](x), rtol=1e-5, atol=1e-5)
@@ -350,7 +352,7 @@ def test_a_weights_branches_not_channels():
 def test_each_image_has_its_own_a():
     shape = (3, 3, 1, (6, 6), "softmax")
     x = random_maps(shape, 11)
-    for form in model.FORMS:
+    for form in FORMS:
         block = block_of(shape, form)
         alone = torch.cat([block(image[None]) for image in x])
         torch.testing.assert_close(block(x), alone)
@@ -391,7 +393,7 @@ def test_branches_are_independent_convolutions():
 
 
 @pytest.mark.parametrize("gate", ["linear", "softmax"])
-@pytest.mark.parametrize("form", [form for form in model.FORMS if form != "auto"])
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "auto"])
 def test_every_form_has_gradients_under_autocast(form, gate):
     """As a GPU trains; here on the CPU, whose autocast has the same rules for these operations."""
     torch.manual_seed(0)
@@ -412,8 +414,9 @@ def test_every_form_has_gradients_under_autocast(form, gate):
 
 @pytest.fixture(autouse=True)
 def rule_of_avx2(monkeypatch):
-    """The forms are chosen as on a CPU with AVX2, whatever this one has."""
+    """The forms are chosen as on a CPU with AVX2 and without a compiler, whatever is here."""
     monkeypatch.setattr(model, "instructions", lambda: "AVX2")
+    monkeypatch.setattr(mixing, "missing", lambda: "There is no C++ compiler.")
 
 
 def parts_of(size, kernel_size, stride=1, channels=(128, 128)):
@@ -554,14 +557,14 @@ def test_maps_stay_in_bfloat16_under_autocast(form):
 def test_auto_chooses_on_a_cpu_only():
     on_gpu = SimpleNamespace(shape=(1, 128, 32, 32), device=torch.device("cuda"))
     assert IntermediateBlock(128, 128, 4).parts(on_gpu) == [("fused", [0, 1, 2, 3])]
-    for form in set(model.FORMS) - {"auto"}:
+    for form in set(FORMS) - {"auto"}:
         block = IntermediateBlock(128, 128, 2, form=form)
         assert block.parts(on_gpu) == [(form, [0, 1])]
         for size in (1, 32):
             assert block.parts(torch.empty(1, 128, size, size)) == [(form, [0, 1])]
 
 
-@pytest.mark.parametrize("form", model.FORMS)
+@pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_the_formula_as_written_where_nothing_was_measured(form):
     with torch.device("meta"):
         block, x = IntermediateBlock(8, 8, 2, form=form), torch.empty(1, 8, 6, 6)
