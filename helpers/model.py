@@ -254,19 +254,19 @@ class IntermediateBlock(nn.Module):
         what the CPU calculates with.
 
         A mixed kernel is one convolution instead of L, but has to be made for each image, however
-        small its map: large maps, or many branches. Made and used in the cache of a core, by a
-        compiled program, it costs as much as some positions of a convolution do. Without that it is
-        many more; where products are quick, it is then cheaper to
-        copy the map's patches than to rearrange a kernel for each image; and where blocks widen,
-        mixing pays from more branches on, since a is else multiplied with x. Winograd's tiles save
-        more than half of the multiplications of 3×3 kernels (in·out), at a price for each channel
-        (in + out), part of which all branches share: many channels, or several branches, but few
-        against mixed kernels, whose price hardly grows with L; and more than one if the map is not
-        cut into whole tiles. Small maps of many channels go through products, where a CPU's own
-        convolution is slow for them. From where on is in `RULES`, for CPUs. The rest is evaluated
-        as written but for where a is multiplied: with x where that is fewer numbers than the
-        result, else in one pass with what the branches give; on a GPU always the latter, where the
-        former is not measured. On devices other than these two all is evaluated as written.
+        small its map: large maps, or many branches. Made and used in the cache, by a compiled
+        program, it costs as much as a convolution of two dozen positions, and elsewhere as one of a
+        hundred and more; it is then cheaper, where products are quick, to copy the map's patches
+        than to rearrange a kernel for each image, and where blocks widen, mixing pays from more
+        branches on, since a is else multiplied with x. Winograd's tiles save more than half of the
+        multiplications of 3×3 kernels (in·out), at a price for each channel (in + out), part of
+        which all branches share: many channels, or several branches, but few against mixed kernels,
+        whose price hardly grows with L; and more than one if the map is not cut into whole tiles.
+        Small maps of many channels go through products, where a CPU's own convolution is slow for
+        them. From where on is in `RULES`, for CPUs. The rest is evaluated as written but for where
+        a is multiplied: with x where that is fewer numbers than the result, else in one pass with
+        what the branches give; on a GPU always the latter, where the former is not measured. On
+        devices other than these two all is evaluated as written.
         """
         everyone, device = list(range(len(self.branches))), x.device.type
         if device not in ("cpu", "cuda"):
