@@ -223,19 +223,20 @@ def step_of(
 def bench_steps() -> pd.DataFrame:
     """A training step of the quick network with L branches in each block, all 3×3, over L = 1, in
     each precision that the device is made for."""
-    rows = []
+    rows, cases = [], list(itertools.product(("branches", "auto"), BRANCHES))
     recorded = device().type == "cuda"
-    for numbers, form in itertools.product(precisions(), ("branches", "auto")):
+    for numbers in precisions():
         settings = {"recorded": recorded, "kernel_size": 3, "precision": numbers}
-        candidates = {L: step_of(250, form, branches=L, **settings) for L in BRANCHES}
+        candidates = {(form, L): step_of(250, form, branches=L, **settings) for form, L in cases}
         for step in candidates.values():  # those before the recording, and the first of it
-            for _ in range(5 * recorded):
+            for _ in range(5 if recorded else 1):
                 step()
-        seconds = one_after_another(candidates, rounds=3)
-        for L in BRANCHES:
+        seconds = one_after_another(candidates)
+        for form, L in cases:
             rows.append(
-                {"precision": numbers, "form": form, "L": L, "milliseconds": 1e3 * seconds[L],
-                 "ratio": seconds[L] / seconds[1]}
+                {"precision": numbers, "form": form, "L": L,
+                 "milliseconds": 1e3 * seconds[form, L],
+                 "ratio": seconds[form, L] / seconds[form, 1]}
             )  # fmt: skip
             print(f"step, {numbers}, {form}, L = {L}: {rows[-1]['ratio']:.2f}", flush=True)
     return pd.DataFrame(rows)

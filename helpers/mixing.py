@@ -3,8 +3,9 @@
 `mixing.cpp`, beside this file, mixes the kernels of a few images, convolves with them and forgets
 them while they are in the cache of one core; PyTorch's own operations would write and read each
 mixed kernel several times. It is compiled once, in a few seconds, into `build/`, which takes g++
-(12 or newer) and a CPU with AVX-512. Without them a block's form `"auto"` is another, the same
-function at a higher price: `missing` says what is missing.
+(12 or newer) and a CPU with AVX-512. Without them, and where `model.RULES` know nothing of it, a
+block's form `"auto"` is another, the same function at a higher price: `missing` says what is
+missing.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ FLAGS = ("-O3", "-march=x86-64-v4", "-std=gnu++20", "-fopenmp", "-fPIC")
 CHANNELS = 8  # in and out channels are multiples of this
 # Channels at a time, at most: of x′ forward, of x backward.
 OUT_AT_ONCE, IN_AT_ONCE = 64, 32
-# Images for which it is worth to have another thread: `MIXED` and `LED_BACK` of the program.
+# For every so many images it is worth to have a thread: `MIXED` and `LED_BACK` of the program.
 MIXED, LED_BACK = 4, 8
-SUMS = 2**26  # numbers, at most, of the kernels' gradients that all threads add up, each its own
+# Each thread adds up the kernels' gradients in a copy of its own; all copies together have at most
+# so many numbers, or fewer threads take part.
+SUMS = 2**26
 
 
 class Unavailable(RuntimeError):

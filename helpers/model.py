@@ -51,7 +51,8 @@ class Rule(NamedTuple):
 # the less can be saved on them. (Those of AVX2 and AMX are from before Winograd's tiles lay place
 # by place and maps of float32 numbers were transposed block by block, which made both forms cheaper
 # with AVX512; that of AVX2 also from before mixed kernels were made for so few images at a time,
-# and `shared` was not tried there.)
+# and `shared` was not tried there. The compiled program was not measured with AMX, and is not taken
+# there.)
 RULES = {
     ("AVX2", "float32"): Rule(2, "grouped", winograd=24, winograd_a_branch=20),
     ("AVX512", "float32"): Rule(
@@ -163,7 +164,8 @@ class IntermediateBlock(nn.Module):
             for each image; `"compiled"` (stride 1, on a CPU), the same by a program in C++
             (`helpers/mixing.py`, which says what it takes); and `"winograd"` (3×3 and 1×1 kernels,
             stride 1), the sum inside Winograd's short convolution of tiles.
-            `"auto"` takes on a CPU the cheapest for the shapes at hand, and on a GPU `"fused"`.
+            `"auto"` takes on a CPU by measured rules a cheap one for the shapes at hand, and on a
+            GPU `"fused"`.
             Only in `"branches"` are the branches called as modules (with their hooks), and can
             gradients of gradients be had; it is all there is on devices other than these two.
 
@@ -255,18 +257,18 @@ class IntermediateBlock(nn.Module):
 
         A mixed kernel is one convolution instead of L, but has to be made for each image, however
         small its map: large maps, or many branches. Made and used in the cache, by a compiled
-        program, it costs as much as a convolution of two dozen positions, and elsewhere as one of a
-        hundred and more; it is then cheaper, where products are quick, to copy the map's patches
-        than to rearrange a kernel for each image, and where blocks widen, mixing pays from more
-        branches on, since a is else multiplied with x. Winograd's tiles save more than half of the
-        multiplications of 3×3 kernels (in·out), at a price for each channel (in + out), part of
-        which all branches share: many channels, or several branches, but few against mixed kernels,
-        whose price hardly grows with L; and more than one if the map is not cut into whole tiles.
-        Small maps of many channels go through products, where a CPU's own convolution is slow for
-        them. From where on is in `RULES`, for CPUs. The rest is evaluated as written but for where
-        a is multiplied: with x where that is fewer numbers than the result, else in one pass with
-        what the branches give; on a GPU always the latter, where the former is not measured. On
-        devices other than these two all is evaluated as written.
+        program, it costs as much as a convolution of two dozen positions; by PyTorch's operations,
+        as one of a hundred and more. By these, where products are quick, it is cheaper to copy the
+        map's patches than to rearrange a kernel for each image; and where blocks widen, mixing pays
+        from more branches on, since a is else multiplied with x. Winograd's tiles save more than
+        half of the multiplications of 3×3 kernels (in·out), at a price for each channel (in + out),
+        part of which all branches share: many channels, or several branches, but few against mixed
+        kernels, whose price hardly grows with L; and more than one if the map is not cut into whole
+        tiles. Small maps of many channels go through products, where a CPU's own convolution is
+        slow for them. From where on is in `RULES`, for CPUs. The rest is evaluated as written but
+        for where a is multiplied: with x where that is fewer numbers than the result, else in one
+        pass with what the branches give; on a GPU always the latter, where the former is not
+        measured. On devices other than these two all is evaluated as written.
         """
         everyone, device = list(range(len(self.branches))), x.device.type
         if device not in ("cpu", "cuda"):
