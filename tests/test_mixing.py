@@ -1,6 +1,7 @@
 """The compiled form is the formula, is chosen where it pays, and can be done without."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,8 +21,12 @@ TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 3e-2}  # of the largest number
 
 def test_it_is_there_where_nothing_is_missing():
     """Else all that follows would be left out, and a program that is broken pass."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or shutil.which("g++") is None:
+    compiler, *options = shlex.split(os.environ.get("CXX") or "g++")
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or shutil.which(compiler) is None:
         pytest.skip("no g++, or no AVX-512")
+    version = subprocess.check_output([compiler, *options, "-dumpversion"], text=True)
+    if int(version.split(".")[0]) < 12:
+        pytest.skip(f"{compiler} is of version {version.strip()}, before 12")
     assert mixing.missing() == ""
 
 
