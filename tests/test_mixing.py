@@ -30,6 +30,11 @@ def test_it_is_there_where_nothing_is_missing():
     assert mixing.missing() == ""
 
 
+def test_both_languages_take_as_many_images_together():
+    stated = f"constexpr Size MIXED = {mixing.MIXED}, LED_BACK = {mixing.LED_BACK};"
+    assert stated in mixing.SOURCE.read_text(encoding="utf-8")
+
+
 def there_and_back(block, x):
     """x′ and the gradients of x, every branch, and fc, for one fixed gradient of x′."""
     x = x.detach().requires_grad_()
