@@ -157,6 +157,8 @@ def earlier_run(settings: runs.Settings, folder: Path) -> str:
         return made
     print(f"It goes on from a run of the preset {start}, which is made first: {run}.", flush=True)
     parameters = runs.read_preset(start) | {"seed": settings.seed, "run": run}
+    earlier = earlier_run(runs.settings_from(parameters), folder)  # that one's own beginning
+    parameters |= {"start_from": earlier}
     notebook, _ = execute(TRAINING, folder / f"{TRAINING}_{start}.ipynb", parameters)
     keep(notebook, run)
     return run

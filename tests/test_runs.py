@@ -204,7 +204,9 @@ def test_no_later_cell_takes_the_name_of_a_parameter(name: str) -> None:
 
 
 def test_presets_are_complete_and_pass_the_checks() -> None:
-    expected = {"smoke", "eight-minutes", "quick", "hour", "wide-blocks", "full", "study"}
+    expected = {
+        "smoke", "eight-minutes", "quick", "hour", "wide-blocks", "full", "longer", "study",
+    }  # fmt: skip
     assert {path.stem for path in PRESETS} == expected
     for path in PRESETS:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
