@@ -2,7 +2,7 @@
 
     python -m helpers.bench                # everything: up to half an hour on two idle cores
     python -m helpers.bench tried memory   # some of the tables only
-    python -m helpers.bench --device cuda  # on a GPU, what is measured there: a minute or two
+    python -m helpers.bench --device cuda  # on a GPU, what is measured there: three minutes
 
 It writes into `notebooks/benchmarks/<instructions of the CPU, or GPU>/`: `blocks.csv`, `steps.csv`,
 `full.csv`, `tried.csv` and `memory.csv` (a row a candidate), `profile.csv` (where the time of a
@@ -156,7 +156,8 @@ def bench_blocks() -> pd.DataFrame:
     A row for each precision, shape, kernel sizes and form; `ratio` is to the plain convolution of
     the same rounds.
     """
-    rows, forms = [], [form for form in FORMS if form != "compiled" or not mixing.missing()]
+    able = device().type == "cpu" and not mixing.missing()
+    rows, forms = [], [form for form in FORMS if form != "compiled" or able]
     cases = [(shape, (3,) * 4) for shape in SHAPES]
     cases += [(shape, (3,) * L) for shape in SWEPT for L in BRANCHES if L != 4]
     cases += [(shape, (3, 1)) for shape in MIXED]

@@ -267,21 +267,26 @@ class IntermediateBlock(nn.Module):
         tiles. Small maps of many channels go through products, where a CPU's own convolution is
         slow for them. From where on is in `RULES`, for CPUs. The rest is evaluated as written but
         for where a is multiplied: with x where that is fewer numbers than the result, else in one
-        pass with what the branches give; on a GPU always the latter, where the former is not
-        measured. On devices other than these two all is evaluated as written.
+        pass with what the branches give. So is everything on a GPU, where mixing pays from about
+        eight branches on, and then for more memory. On devices other than these two all is
+        evaluated as written.
         """
         everyone, device = list(range(len(self.branches))), x.device.type
         if device not in ("cpu", "cuda"):
             return [("branches", everyone)]
-        if self.form != "auto" or device == "cuda":
-            return [("fused" if self.form == "auto" else self.form, everyone)]
+        if self.form != "auto":
+            return [(self.form, everyone)]
         sizes = [branch.kernel_size[0] for branch in self.branches]
         positions = math.ceil(x.shape[2] / self.stride) * math.ceil(x.shape[3] / self.stride)
+        out = self.branches[0].out_channels
+        plain = "scaled" if x.shape[1:].numel() < out * positions else "fused"
+        if device == "cuda":
+            return [(plain, everyone)]
         rule, kernels = rule_here(), sum(k * k for k in sizes) / max(sizes) ** 2
         mixed = rule.mixed if self.stride == 1 else "grouped"
         threes = [l for l, k in enumerate(sizes) if k == 3 and self.stride == 1]
         rest = [l for l in everyone if l not in threes]
-        c, out = x.shape[1], self.branches[0].out_channels
+        c = x.shape[1]
         channels, wider = c * out / (c + out), rule.widening if out >= 2 * c else 1
         mixes = kernels >= rule.mixing * wider * max(1, MIXING_POSITIONS / positions)
         compiled = kernels >= 1 + rule.compiled / positions and self.compiles()
@@ -291,7 +296,6 @@ class IntermediateBlock(nn.Module):
         if compiled or mixes:
             a_branch = rule.winograd_compiled if compiled else rule.winograd_a_branch
             needed = a_branch * len(threes)
-        plain = "scaled" if x.shape[1:].numel() < out * positions else "fused"
         whole = x.shape[2:] == _whole_tiles(*x.shape[2:])
         if channels >= needed and len(threes) >= (1 if whole else 2):
             return [("winograd", threes)] + [(plain, rest)] * bool(rest)

@@ -157,8 +157,8 @@ def earlier_run(settings: runs.Settings, folder: Path) -> str:
         return made
     print(f"It goes on from a run of the preset {start}, which is made first: {run}.", flush=True)
     parameters = runs.read_preset(start) | {"seed": settings.seed, "run": run}
-    earlier = earlier_run(runs.settings_from(parameters), folder)  # that one's own beginning
-    parameters |= {"start_from": earlier}
+    own_start = begun_from(run) or earlier_run(runs.settings_from(parameters), folder)
+    parameters |= {"start_from": own_start}
     notebook, _ = execute(TRAINING, folder / f"{TRAINING}_{start}.ipynb", parameters)
     keep(notebook, run)
     return run
@@ -692,14 +692,19 @@ def best_of(run: runs.Run, seeds: pd.DataFrame) -> str:
 
 
 def not_chosen(run: runs.Run, accuracy: float, made: pd.DataFrame) -> str:
-    """A sentence on trainings that ended higher than the result, if there are any."""
-    higher = made.loc[made["accuracy"] > accuracy, "run"]
+    """Sentences on trainings that ended higher than the result, if there are any."""
+    higher = made[made["accuracy"] > accuracy]
     if run.config["preset"] != BEST or higher.empty:  # only `BEST` was made the result
         return ""
-    was = "was" if len(higher) == 1 else "were"
+    named = [
+        f"{row.run}, {with_deviation(100 * row.accuracy, 100 * row.deviation, 2)} % after "
+        f"{with_deviation(row.minutes, row.minutes_deviation, 1)} minutes on {row.kind} "
+        f"(n = {row.n})"
+        for row in higher.itertuples()
+    ]
     return (
-        f" {', '.join(higher)}, in the history below, ended higher and {was} not made the result "
-        "for it, since the test set is to choose nothing."
+        " Which network is shown was decided before it was trained; higher in the history below "
+        f"ended {'; '.join(named)}."
     )
 
 

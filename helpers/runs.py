@@ -209,21 +209,9 @@ class Settings:
             raise ParameterError(
                 f"Parameter temperature = {self.temperature!r}: gate {self.gate} has none; use 1.0."
             )
-        with torch.device("meta"):  # shapes only: what fits is known before any image is read
-            try:
-                network = self.network()
-            except ValueError as error:
-                raise ParameterError(
-                    f"The network's parameters do not fit together: {error}"
-                ) from None
-            size = min([IMAGE_SIZE, *self.first_sizes])
-            try:
-                network(torch.zeros(2, 3, size, size))
-            except RuntimeError:
-                raise ParameterError(
-                    f"Of images of {size}×{size} pixels this network leaves no map: use fewer "
-                    "numbers in pool_after, smaller strides or larger first_sizes."
-                ) from None
+        size = min([IMAGE_SIZE, *self.first_sizes])
+        if fault := network_fault(self.architecture(), size):
+            raise ParameterError(fault)
 
     def image_size(self, epoch: int) -> int:
         """Height and width in pixels of the training images in an epoch, counted from 1."""
@@ -249,6 +237,29 @@ class Settings:
     def network(self) -> nn.Module:
         """The network of these parameters, freshly initialised."""
         return BlockNetwork(**{name: getattr(self, name) for name in NETWORK})
+
+    def architecture(self) -> str:
+        """The network's parameters as text, by which is remembered what depends on them alone."""
+        return json.dumps({name: getattr(self, name) for name in NETWORK})
+
+
+@functools.cache  # many records are of few networks, and each takes a twentieth of a second
+def network_fault(architecture: str, size: int) -> str:
+    """What is wrong with a network, `Settings.architecture`, or with it for images of that height
+    and width; nothing, if it can be used."""
+    with torch.device("meta"):  # shapes only: what fits is known before any image is read
+        try:
+            network = BlockNetwork(**json.loads(architecture))
+        except ValueError as error:
+            return f"The network's parameters do not fit together: {error}"
+        try:
+            network(torch.zeros(2, 3, size, size))
+        except RuntimeError:
+            return (
+                f"Of images of {size}×{size} pixels this network leaves no map: use fewer "
+                "numbers in pool_after, smaller strides or larger first_sizes."
+            )
+    return ""
 
 
 def check_parameters(namespace: dict[str, Any]) -> Settings:
@@ -1195,10 +1206,21 @@ def work_of(settings: Settings, images: list[float], how: str = "as written") ->
     sizes = [settings.image_size(epoch) for epoch in range(1, len(images) + 1)]
     work = 0.0
     for size in set(sizes):
-        with torch.device("meta" if how == "as written" else "cpu"):  # the forms are the CPU's
+        if how == "as written":
+            forward = work_as_written(settings.architecture(), size)
+        else:
             forward = layer_table(settings.network(), size)[f"multiply-adds {how}"].sum()
         work += 3.0 * float(forward) * sum(n for n, own in zip(images, sizes) if own == size)
     return work
+
+
+@functools.cache
+def work_as_written(architecture: str, size: int) -> float:
+    """The multiply-adds of a network, `Settings.architecture`, for one image of that height and
+    width, forward and as the formula is written."""
+    with torch.device("meta"):  # its weights do not matter
+        layers = layer_table(BlockNetwork(**json.loads(architecture)), size)
+    return float(layers["multiply-adds as written"].sum())
 
 
 def benchmark(table: str, folder: Path | None = None) -> pd.DataFrame:

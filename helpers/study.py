@@ -28,7 +28,7 @@ from scipy.stats import t as student
 from torch import nn
 
 from helpers import data, evaluation, report, runs
-from helpers.model import BlockNetwork, layer_table
+from helpers.model import BlockNetwork
 
 SEEDS = (0, 1, 2)
 BASE = "softmax"
@@ -242,12 +242,11 @@ def row_of(name: str) -> dict[str, Any]:
     `parameters`, and `work`, the multiply-adds of one image forward, as written."""
     run = runs.read(name)
     said = runs.read_json(run.folder / "study.json")
-    with torch.device("meta"):  # its weights do not matter
-        layers = layer_table(runs.settings_of(run).network())
+    architecture = runs.settings_of(run).architecture()
     return {accuracy: said[accuracy] for accuracy in ACCURACIES} | {
         "seconds": run.metrics["train_seconds"],
         "parameters": run.metrics["parameters"],
-        "work": float(layers["multiply-adds as written"].sum()),
+        "work": runs.work_as_written(architecture, data.IMAGE_SIZE),
     }
 
 

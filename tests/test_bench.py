@@ -5,6 +5,7 @@ import inspect
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -89,6 +90,34 @@ def test_the_record_of_a_gpu_is_kept_apart() -> None:
         shares = runs.benchmark(table, gpu).set_index("what")["share"]
         assert list(shares.index[:-1]) == [*bench.CONVOLUTIONS["cuda"], *bench.OTHERS]
         assert shares.sum() == pytest.approx(1, abs=0.01)
+
+
+def gpu_blocks() -> dict[tuple[int, int, int, str], dict[str, float]]:
+    """What a benchmark of blocks printed on a GPU: of channels in and out, the map's size and the
+    kernels, the ratios of the forms to one plain convolution."""
+    (gpu,) = runs.benchmark_folders("cuda")
+    lines = (gpu / "blocks.txt").read_text(encoding="utf-8").splitlines()
+    parts = r"(\d+)→(\d+) at (\d+)×\d+, kernels (\S+):|(\w+) ([\d.]+)"
+    cases = [re.findall(parts, line) for line in lines]
+    return {
+        (*map(int, case[0][:3]), case[0][3]): {form: float(ratio) for *_, form, ratio in case[1:]}
+        for case in cases
+    }
+
+
+def test_on_a_gpu_no_convolution_for_each_branch_is_much_quicker_than_autos() -> None:
+    measured = gpu_blocks()
+    assert len(measured) == 29
+    for (c, out, size, kernels), ratios in measured.items():
+        sizes = [int(k) for k in kernels.split("+")]
+        on_gpu = SimpleNamespace(shape=torch.Size((1, c, size, size)), device=torch.device("cuda"))
+        ((form, _),) = IntermediateBlock(c, out, len(sizes), sizes).parts(on_gpu)
+        assert ratios[form] <= 1.08 * min(ratios[own] for own in ("branches", "fused", "scaled"))
+    four = [ratios["auto"] for (*_, kernels), ratios in measured.items() if kernels == "3+3+3+3"]
+    one = [ratios["auto"] for (*_, kernels), ratios in measured.items() if kernels == "3"]
+    said = (runs.RUNS / "README.md").read_text(encoding="utf-8")
+    assert f"{min(four):.1f} to {max(four):.0f} times one plain" in said
+    assert f"and one takes {min(one):.1f} to {max(one):.1f} times" in said
 
 
 def test_the_aims_are_held_against_what_was_measured(

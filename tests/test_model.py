@@ -554,9 +554,11 @@ def test_maps_stay_in_bfloat16_under_autocast(form):
         assert block(torch.randn(2, 8, 16, 16)).dtype == torch.bfloat16
 
 
-def test_auto_chooses_on_a_cpu_only():
-    on_gpu = SimpleNamespace(shape=(1, 128, 32, 32), device=torch.device("cuda"))
+def test_on_a_gpu_auto_multiplies_the_smaller_numbers_by_a():
+    on_gpu = SimpleNamespace(shape=torch.Size((1, 128, 32, 32)), device=torch.device("cuda"))
     assert IntermediateBlock(128, 128, 4).parts(on_gpu) == [("fused", [0, 1, 2, 3])]
+    assert IntermediateBlock(128, 256, 2).parts(on_gpu) == [("scaled", [0, 1])]
+    assert IntermediateBlock(128, 256, 2, stride=2).parts(on_gpu) == [("fused", [0, 1])]
     for form in set(FORMS) - {"auto"}:
         block = IntermediateBlock(128, 128, 2, form=form)
         assert block.parts(on_gpu) == [(form, [0, 1])]

@@ -182,9 +182,13 @@ def test_the_notebook_that_stops_is_named_and_kept(
 def test_a_run_to_go_on_from_is_made_first_unless_its_weights_are_here(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Preset `b` begins with the runs of preset `a`; of that one's seed 1 there are two."""
-    monkeypatch.setattr(runs, "presets", lambda: ["a", "b"])
-    monkeypatch.setattr(runs, "read_preset", lambda name: {"preset": name})
+    """Preset `b` begins with the runs of preset `a`; of that one's seed 1 there are two. Preset `c`
+    begins with those of `b`."""
+    start_of = {"a": "", "b": "a", "c": "b"}
+    monkeypatch.setattr(runs, "presets", lambda: ["a", "b", "c"])
+    monkeypatch.setattr(
+        runs, "read_preset", lambda name: {"preset": name, "start_from": start_of[name]}
+    )
     executed = []
     monkeypatch.setattr(
         report, "execute", lambda *given: executed.append(given) or (nbformat.v4.new_notebook(), 1)
@@ -193,7 +197,8 @@ def test_a_run_to_go_on_from_is_made_first_unless_its_weights_are_here(
         (runs.RUNS / name).mkdir(parents=True)
         (runs.RUNS / name / "metrics.json").write_text("{}")
     (runs.RUNS / "a-seed1-2" / "weights.pt").touch()
-    (runs.RUNS / "a-seed0-2").mkdir()  # under way
+    for name in ("a-seed0-2", "a-seed2", "b-seed2", "b-seed3"):
+        (runs.RUNS / name).mkdir()  # under way
 
     def begin(start: str, seed: int) -> str:
         settings = runs.Settings(preset="b", seed=seed, start_from=start)
@@ -204,8 +209,14 @@ def test_a_run_to_go_on_from_is_made_first_unless_its_weights_are_here(
     assert begin("a", 0) == "a-seed0-2"
     ((name, _, parameters),) = executed
     assert name == report.TRAINING
-    assert parameters == {"preset": "a", "seed": 0, "run": "a-seed0-2"}
+    assert parameters == {"preset": "a", "seed": 0, "run": "a-seed0-2", "start_from": ""}
     assert (runs.RUNS / "a-seed0-2" / "03_training.ipynb").is_file()
+    assert begin("b", 2) == "b-seed2"
+    assert [given[2]["run"] for given in executed[1:]] == ["a-seed2", "b-seed2"]
+    assert executed[-1][2]["start_from"] == "a-seed2"
+    runs.write_json(runs.RUNS / "b-seed3" / "config.json", {"start_from": "a-seed1"})
+    assert begin("b", 3) == "b-seed3"
+    assert executed[-1][2]["start_from"] == "a-seed1", "one that is under way goes on"
 
 
 def test_a_notebook_that_papermill_wrote_elsewhere_keeps_the_name_alone() -> None:
@@ -514,10 +525,11 @@ def test_the_pdf_says_how_many_training_images_were_measured(
 
 def test_trainings_that_ended_higher_than_the_result_are_named() -> None:
     made = pd.DataFrame({"run": ["low", "mine", "high"], "accuracy": [0.8, 0.9, 0.91]})
+    made = made.assign(deviation=0.001, minutes=3.0, minutes_deviation=float("nan"), n=1, kind="a")
     best, other = (runs.read(f"{name}-seed0") for name in (report.BEST, "quick"))
     assert report.not_chosen(best, 0.91, made) == ""
     said = report.not_chosen(best, 0.9, made)
-    assert said.startswith(" high, in the history below, ended higher")
+    assert said.endswith("ended high, 91.00 ± 0.10 % after 3.0 minutes on a (n = 1).")
     assert report.not_chosen(other, 0.9, made) == "", "nobody chose that one"
 
 
