@@ -267,9 +267,8 @@ class IntermediateBlock(nn.Module):
         tiles. Small maps of many channels go through products, where a CPU's own convolution is
         slow for them. From where on is in `RULES`, for CPUs. The rest is evaluated as written but
         for where a is multiplied: with x where that is fewer numbers than the result, else in one
-        pass with what the branches give. So is everything on a GPU, where mixing pays from about
-        eight branches on, and then for more memory. On devices other than these two all is
-        evaluated as written.
+        pass with what the branches give. So is everything on a GPU, where mixing kernels pays only
+        with about eight branches. On devices other than these two all is evaluated as written.
         """
         everyone, device = list(range(len(self.branches))), x.device.type
         if device not in ("cpu", "cuda"):

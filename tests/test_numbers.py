@@ -50,11 +50,13 @@ def recorded() -> tuple[set[str], set[str]]:
                 accuracies.add(mean_and_deviation(100 * seeds[name].astype(float), 2))
         minutes.add(mean_and_deviation(seeds["train_seconds"] / 60, 1))
         minutes.add(f"{run.metrics['train_seconds'] / 60:.1f}")
-    for name in ("full-seed0", report.best_run()):
+    for name in ("full-seed0", report.best_run(), "longer-gpu-seed4", "longer-gpu-seed5"):
         right = round(data.TEST_IMAGES * runs.read(name).metrics["test_accuracy"])
         ends = evaluation.interval(right, data.TEST_IMAGES)
         accuracies |= {f"{100 * end:.2f}" for end in ends}
     accuracies.add(f"{100 * runs.read('restarted-seed0').history['test_accuracy'].iloc[-2]:.2f}")
+    first_four = runs.seeds_of(runs.read("full-gpu-seed0")).query("seed < 4")
+    accuracies.add(f"{100 * first_four['test_accuracy'].mean():.2f}")  # before there were more
     accuracies |= {f"{100 * share:.0f}" for share in gpu_convolutions().values()}
     for of_kind in runs.read_json(runs.BENCHMARKS / "last_statistics.json")["accuracy"].values():
         accuracies |= {f"{100 * accuracy:.2f}" for accuracy in of_kind.values()}
@@ -306,7 +308,7 @@ def test_the_readme_states_the_arithmetic_of_the_trainings() -> None:
     best = runs.read(report.best_run())
     hours = runs.training_seconds(best) / 3600
     assert round(hours * longer / (2 * runs.training_work(best))) == 9 and round(hours) == 4
-    assert "(by its arithmetic, nine hours where `full` took four)" in text
+    assert "(by its arithmetic, nine hours where `full` took about four)" in text
     assert f"The published answer took {2 * evaluation.PUBLISHED_WORK / 1e15:.1f}." in text
     for name in ("hour", "wide-blocks", "full"):  # in TFLOP a second
         assert flop[name] / runs.training_seconds(made[name]) / 1e12 == pytest.approx(0.6, abs=0.05)
