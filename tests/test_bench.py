@@ -112,7 +112,7 @@ def test_on_a_gpu_no_convolution_for_each_branch_is_much_quicker_than_autos() ->
         sizes = [int(k) for k in kernels.split("+")]
         on_gpu = SimpleNamespace(shape=torch.Size((1, c, size, size)), device=torch.device("cuda"))
         ((form, _),) = IntermediateBlock(c, out, len(sizes), sizes).parts(on_gpu)
-        assert ratios[form] <= 1.01 * ratios["fused"]
+        assert round(ratios[form] / ratios["fused"], 2) <= 1.01
         assert ratios[form] <= 1.08 * min(ratios[own] for own in ("branches", "fused", "scaled"))
     four = [ratios["auto"] for (*_, kernels), ratios in measured.items() if kernels == "3+3+3+3"]
     one = [ratios["auto"] for (*_, kernels), ratios in measured.items() if kernels == "3"]
