@@ -16,6 +16,8 @@
 #include <exception>
 #include <mutex>
 
+#include <immintrin.h>
+
 using at::BFloat16;
 using Size = int64_t;
 
@@ -24,7 +26,6 @@ using Size = int64_t;
 struct Shape {
   Size b, height, width, c, out, k, L, block, threads;
   Size wide() const { return width + k - 1; }  // of a row with its rim
-  Size rimmed() const { return (height + k - 1) * wide(); }  // positions of an image with its rim
 };
 
 // Images whose kernels are mixed together, and whose kernels' gradients are led back together: each
@@ -32,6 +33,7 @@ struct Shape {
 constexpr Size MIXED = 4, LED_BACK = 8;
 // Numbers that a thread lays out for products at a time, unless LED_BACK images are more.
 constexpr Size LAID_OUT = 1 << 20;
+constexpr Size WIDE = 32;  // positions in a row of a map, from which on rims cost less than copies
 constexpr Size LANES = 16;  // channels are multiples of 8, so that parts of kernels are multiples of it
 
 typedef float Floats __attribute__((vector_size(64)));
@@ -81,8 +83,12 @@ static Floats load(const BFloat16* from) {
 static void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 
 static void store(BFloat16* to, Floats v) {  // rounded to the nearest, to even
+#ifdef __AVX512BF16__
+  const auto h = _mm512_cvtneps_pbh((__m512)v);
+#else
   Words w = (Words)v;
   const Halves h = __builtin_convertvector((w + 0x7fff + ((w >> 16) & 1)) >> 16, Halves);
+#endif
   std::memcpy(static_cast<void*>(to), &h, sizeof h);
 }
 
@@ -104,10 +110,22 @@ template <class T> void release() {  // the tiles of a CPU that has some
   if (Numbers<T>::pair == 2) at::native::cpublas::brgemm_release(true);
 }
 
-// Rows of `count` numbers each, from one after the other to `apart` numbers apart.
-template <class T> void spread(const T* from, Size rows, Size count, T* to, Size apart) {
+// Rows of `count` numbers each, from `from_apart` numbers apart to `apart`.
+template <class T>
+void spread(const T* from, Size from_apart, Size rows, Size count, T* to, Size apart) {
   for (Size r = 0; r < rows; ++r)
-    std::memcpy(static_cast<void*>(to + r * apart), from + r * count, count * sizeof(T));
+    std::memcpy(static_cast<void*>(to + r * apart), from + r * from_apart, count * sizeof(T));
+}
+
+// Which positions of an image's row meet a column of the kernel, and where they lie in a row of
+// positions that begin with the first one that the kernel is laid upon.
+struct Part {
+  Size from, to, count;
+};
+
+static Part met(const Shape& s, Size dx, Size columns) {
+  const Size left = dx - s.k / 2, from = std::max<Size>(left, 0), to = from - left;
+  return {from, to, std::max<Size>(std::min(s.width - from, columns - to), 0)};
 }
 
 // kernels (images×n) = a (images×L) · bank (L×n, rows of `bank_row`).
@@ -123,25 +141,42 @@ void mix(const float* a, const T* bank, Size bank_row, Size L, T* kernels, Size 
   }
 }
 
+// An image for products with the rows of kernels: for each position, also above and below the image,
+// the k·c numbers that a row of a kernel meets lie one after the other; zeros are there already. In
+// wide maps they are neighbours' own, which overlap; in narrow ones they are copied, so that one
+// product takes all positions.
+template <class T> void first_factor(const T* x, const Shape& s, T* to) {
+  if (s.width >= WIDE) {
+    spread(x, s.width * s.c, s.height, s.width * s.c, to + (s.k / 2) * (s.wide() + 1) * s.c,
+           s.wide() * s.c);
+    return;
+  }
+  for (Size dx = 0; dx < s.k; ++dx) {
+    const Part part = met(s, dx, s.width);
+    for (Size y = 0; y < s.height; ++y)
+      spread(x + (y * s.width + part.from) * s.c, s.c, part.count, s.c,
+             to + (((y + s.k / 2) * s.width + part.to) * s.k + dx) * s.c, s.k * s.c);
+  }
+}
+
 // x′ of all images. The bank is L×(out/block)×k×(k·c)×block, in bfloat16 with two and two channels c
-// interleaved. The k positions that a row of a kernel meets lie one after the other, k·c numbers, so
-// that each row is one product, of many positions at a time.
+// interleaved, so that each row of a kernel is one product, of many positions at a time.
 template <class T>
 void convolve(const T* x, const float* a, const T* bank, T* x_new, const Shape s) {
-  const Size row = s.wide() * s.c, part = s.k * s.c * s.block, blocks = s.out / s.block;
-  const Size rows = s.width >= 8 ? 1 : s.height;  // in one product; with several, rims as well
-  const Size positions = rows * s.wide() - (s.k - 1), sums_of_one = s.height * s.wide() * s.block;
+  const Size part = s.k * s.c * s.block, blocks = s.out / s.block, of_image = s.height * s.width;
+  const bool wide = s.width >= WIDE;
+  const Size apart = wide ? s.c : s.k * s.c, row = (wide ? s.wide() : s.width) * apart;
+  const Size image = (s.height + s.k - 1) * row, rows = wide ? 1 : s.height;  // in one product
 #pragma omp parallel num_threads(s.threads)
   {
-    Buffer<T> rimmed(MIXED * s.rimmed() * s.c), kernels(MIXED * part);
-    Buffer<float> sums(MIXED * sums_of_one);
+    Buffer<T> factors(MIXED * image), kernels(MIXED * part);
+    Buffer<float> sums(MIXED * of_image * s.block);
 #pragma omp for schedule(static)
     for (Size first = 0; first < s.b; first += MIXED) {
       if (failed) continue;
       const Size images = std::min(MIXED, s.b - first);
       for (Size j = 0; j < images; ++j)
-        spread(x + (first + j) * s.height * s.width * s.c, s.height, s.width * s.c,
-               rimmed.at + j * s.rimmed() * s.c + (s.k / 2) * (row + s.c), row);
+        first_factor(x + (first + j) * of_image * s.c, s, factors.at + j * image);
       for (Size block = 0; block < blocks; ++block) {
         for (Size dy = 0; dy < s.k; ++dy) {
           const T* banks = bank + (block * s.k + dy) * part;
@@ -153,19 +188,16 @@ void convolve(const T* x, const float* a, const T* bank, T* x_new, const Shape s
               mix<1>(a + (first + j) * s.L, banks, bank_row, s.L, kernels.at + j * part, part);
           for (Size j = 0; j < images; ++j)
             for (Size y = 0; y < s.height; y += rows)
-              multiply(positions, s.block, s.k * s.c, rimmed.at + j * s.rimmed() * s.c + (y + dy) * row,
-                       s.c, kernels.at + j * part, sums.at + j * sums_of_one + y * s.wide() * s.block,
-                       dy > 0);
+              multiply(rows * s.width, s.block, s.k * s.c, factors.at + j * image + (y + dy) * row, apart,
+                       kernels.at + j * part, sums.at + (j * of_image + y * s.width) * s.block, dy > 0);
         }
-        for (Size j = 0; j < images; ++j)
-          for (Size y = 0; y < s.height; ++y)
-            for (Size p = 0; p < s.width; ++p) {
-              const float* from = sums.at + j * sums_of_one + (y * s.wide() + p) * s.block;
-              T* to = x_new + (((first + j) * s.height + y) * s.width + p) * s.out + block * s.block;
-              Size i = 0;
-              for (; i + LANES <= s.block; i += LANES) store(to + i, load(from + i));
-              for (; i < s.block; ++i) to[i] = T(from[i]);
-            }
+        for (Size p = 0; p < images * of_image; ++p) {
+          const float* from = sums.at + p * s.block;
+          T* to = x_new + (first * of_image + p) * s.out + block * s.block;
+          Size i = 0;
+          for (; i + LANES <= s.block; i += LANES) store(to + i, load(from + i));
+          for (; i < s.block; ++i) to[i] = T(from[i]);
+        }
       }
     }
     release<T>();
@@ -200,15 +232,16 @@ template <class T> void transpose(const T* from, Size positions, Size c, T* to, 
     }
 }
 
-// An image of gradients as the second factor of a product: a row for each position, zeros at the
-// rims, which are there already, here and in `rows`; in bfloat16 two and two rows interleaved.
-static void second_factor(const float* grad, const Shape& s, float*, Size, float* to) {
-  spread(grad, s.height, s.width * s.out, to, s.wide() * s.out);
+// An image of gradients as the second factor of a product: a row for each position, `columns` of
+// them for a row of the image, whose last ones are zeros, which are there already, here and in `rows`;
+// in bfloat16 two and two rows interleaved.
+static void second_factor(const float* grad, const Shape& s, Size columns, float*, Size, float* to) {
+  spread(grad, s.width * s.out, s.height, s.width * s.out, to, columns * s.out);
 }
 
-static void second_factor(const BFloat16* grad, const Shape& s, BFloat16* rows, Size positions,
-                          BFloat16* to) {
-  spread(grad, s.height, s.width * s.out, rows, s.wide() * s.out);
+static void second_factor(const BFloat16* grad, const Shape& s, Size columns, BFloat16* rows,
+                          Size positions, BFloat16* to) {
+  spread(grad, s.width * s.out, s.height, s.width * s.out, rows, columns * s.out);
   const auto* halves = reinterpret_cast<const uint16_t*>(rows);
   auto* words = reinterpret_cast<uint32_t*>(to);
   for (Size p = 0; p < positions; p += 2)
@@ -258,20 +291,25 @@ void lead_back(const float* grads, Size n, const float* a, const T* bank, float*
 
 // The gradients of a, b×L, and of the bank, L×(k·k)×c×out like the bank itself, one for each thread;
 // both to be added to zeros. A thread has images of its own, and what it makes of them, in parts that
-// stay in the cache, no other one reads. Images lie transposed and with their rims, so that the rows
-// of all positions that meet a place of the kernel begin at an offset; at the rims gradients are zeros.
+// stay in the cache, no other one reads. Images lie transposed, so that the rows of all positions that
+// meet a place of the kernel begin at an offset. Wide maps have rims at all sides, where gradients are
+// zeros, which is multiplied in vain; narrow ones lie k times instead, once for each column of the
+// kernel, moved so that it meets them without rims at the left and the right.
 template <class T>
 void gradients(const T* x, const T* grad, const float* a, const T* bank, float* grad_banks,
                float* grad_a, const Shape s) {
   constexpr Size pair = Numbers<T>::pair;
-  const Size positions = (s.height * s.wide() + pair - 1) / pair * pair, of_image = s.height * s.width;
-  const Size image_row = (s.rimmed() + s.k + LANES) / LANES * LANES, image = s.c * image_row;
-  const Size places = s.k * s.k, piece = s.block * s.out, row = places * s.c * s.out;
-  const Size each = (s.b + s.threads - 1) / s.threads, fit = LAID_OUT / (image + positions * s.out);
+  const Size copies = s.width < WIDE ? s.k : 1, columns = s.width < WIDE ? s.width : s.wide();
+  const Size positions = (s.height * columns + pair - 1) / pair * pair, of_image = s.height * s.width;
+  const Size laid = (s.height + s.k - 1) * columns;  // positions of a copy, with rims
+  const Size image_row = (laid + s.k + LANES) / LANES * LANES, copy = s.c * image_row;
+  const Size image = copies * copy, places = s.k * s.k, piece = s.block * s.out;
+  const Size row = places * s.c * s.out, each = (s.b + s.threads - 1) / s.threads;
+  const Size fit = LAID_OUT / (image + positions * s.out);
   const Size at_once = std::max(std::min(fit, each + LED_BACK) / LED_BACK * LED_BACK, LED_BACK);
 #pragma omp parallel for num_threads(s.threads) schedule(static)
   for (Size thread = 0; thread < s.threads; ++thread) {
-    Buffer<T> rimmed(s.rimmed() * s.c), rows(positions * s.out);
+    Buffer<T> rimmed(copies * laid * s.c), rows(positions * s.out);
     Buffer<T> images(at_once * image), grads(at_once * positions * s.out);
     Buffer<float> kernels(LED_BACK * piece);
     if (failed) continue;
@@ -280,17 +318,22 @@ void gradients(const T* x, const T* grad, const float* a, const T* bank, float* 
     for (Size first = thread * each; first < end; first += at_once) {
       const Size laid_out = std::min(at_once, end - first);
       for (Size j = 0; j < laid_out; ++j) {
-        spread(x + (first + j) * of_image * s.c, s.height, s.width * s.c,
-               rimmed.at + (s.k / 2) * (s.wide() + 1) * s.c, s.wide() * s.c);
-        transpose(rimmed.at, s.rimmed(), s.c, images.at + j * image, image_row);
-        second_factor(grad + (first + j) * of_image * s.out, s, rows.at, positions,
+        for (Size dx = 0; dx < copies; ++dx) {
+          const Part part = met(s, dx, columns);
+          T* moved = rimmed.at + dx * laid * s.c;
+          spread(x + ((first + j) * of_image + part.from) * s.c, s.width * s.c, s.height,
+                 part.count * s.c, moved + (s.k / 2 * columns + part.to) * s.c, columns * s.c);
+          transpose(moved, laid, s.c, images.at + j * image + dx * copy, image_row);
+        }
+        second_factor(grad + (first + j) * of_image * s.out, s, columns, rows.at, positions,
                       grads.at + j * positions * s.out);
       }
       for (Size place = 0; place < places; ++place)
         for (Size block = 0; block < s.c; block += s.block)
           for (Size some = 0; some < laid_out; some += LED_BACK) {
             const Size count = std::min(LED_BACK, laid_out - some), to = (place * s.c + block) * s.out;
-            const Size from = place / s.k * s.wide() + place % s.k + block * image_row;
+            const Size dy = place / s.k, dx = place % s.k;
+            const Size from = dy * columns + dx * (copies > 1 ? copy : 1) + block * image_row;
             for (Size j = 0; j < count; ++j)
               multiply(s.block, s.out, positions, images.at + (some + j) * image + from, image_row,
                        grads.at + (some + j) * positions * s.out, kernels.at + j * piece, false);

@@ -60,7 +60,7 @@ def pair_of_blocks(c, out, L, kernel_size, gate="softmax"):
 @here
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("channels", [(8, 16), (24, 40), (64, 72)], ids=str)
-@pytest.mark.parametrize("size", [(1, 1), (3, 2), (8, 8), (9, 13)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (8, 8), (9, 13), (3, 34)], ids=str)
 @pytest.mark.parametrize(
     ("L", "kernel_size"), [(1, 3), (2, (3, 1)), (3, (5, 3, 1)), (5, 3), (8, 3), (2, 7), (4, 1)]
 )
@@ -76,7 +76,7 @@ def test_compiled_blocks_equal_the_formula(L, kernel_size, size, channels, memor
 
 @here
 @pytest.mark.skipif(not mixing.fits(torch.bfloat16), reason="no bfloat16 numbers here")
-@pytest.mark.parametrize("size", [(3, 2), (5, 7), (16, 16)], ids=str)
+@pytest.mark.parametrize("size", [(3, 2), (5, 7), (16, 16), (2, 33)], ids=str)
 @pytest.mark.parametrize(("L", "kernel_size"), [(1, 3), (2, (3, 1)), (5, 3)])
 def test_they_do_so_under_autocast_to_fewer_digits(L, kernel_size, size):
     exact, compiled = pair_of_blocks(24, 16, L, kernel_size)
@@ -313,7 +313,7 @@ def test_what_the_compiler_says_is_passed_on_and_nothing_left(compiling_anew, mo
 
 
 def test_a_program_that_cannot_be_loaded_is_done_without(compiling_anew, monkeypatch):
-    monkeypatch.setattr(mixing, "_compile", lambda _, target: None)
+    monkeypatch.setattr(mixing, "_compile", lambda *given: None)
     monkeypatch.setenv("CXX", ANY_PROGRAM)
     assert "without the file it is compiled anew" in mixing.missing()
 
