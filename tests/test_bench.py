@@ -113,12 +113,14 @@ def test_on_a_gpu_no_convolution_for_each_branch_is_much_quicker_than_autos() ->
         on_gpu = SimpleNamespace(shape=torch.Size((1, c, size, size)), device=torch.device("cuda"))
         ((form, _),) = IntermediateBlock(c, out, len(sizes), sizes).parts(on_gpu)
         assert round(ratios[form] / ratios["fused"], 2) <= 1.01
-        assert ratios[form] <= 1.08 * min(ratios[own] for own in ("branches", "fused", "scaled"))
+        quickest = min(ratios[own] for own in ("branches", "fused", "scaled"))
+        assert round(ratios[form] / quickest, 2) <= 1.07
     four = [ratios["auto"] for (*_, kernels), ratios in measured.items() if kernels == "3+3+3+3"]
     one = [ratios["auto"] for (*_, kernels), ratios in measured.items() if kernels == "3"]
     said = (runs.RUNS / "README.md").read_text(encoding="utf-8")
     assert f"{min(four):.1f} to {max(four):.0f} times one plain" in said
     assert f"and one takes {min(one):.1f} to {max(one):.1f} times" in said
+    assert "1.07 times as slow as the quickest way" in " ".join(said.split())
 
 
 def test_the_aims_are_held_against_what_was_measured(

@@ -287,7 +287,7 @@ def test_the_readmes_ratios_are_those_of_the_records() -> None:
         runs.benchmark("full", runs.BENCHMARKS / name).query("form == 'auto'")
         .set_index("size")["ratio"] for name in ("AVX512", "AMX")
     )  # fmt: skip
-    assert full[32] == pytest.approx(1, abs=0.1), "as written"
+    assert (full - 1).abs().max() < 0.1, "within a tenth as long as written"
     stated["takes a tenth less time on whole images, and two fifths less on images of 16×16"] = [
         (10 * (1 - there[32]), 1), (5 * (1 - there[16]), 2),
     ]  # fmt: skip
