@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class TrainingError(Exception):
 class Muon(Optimizer):
     """Nesterov momentum whose step for each bank of kernels is made orthogonal.
 
-    A bank out×in×k×k is a matrix out×(in·k·k); its step keeps the directions of the momentum but
+    A bank out×in×k×k is a matrix out×(k·k·in); its step keeps the directions of the momentum but
     gives them all the same length, so that weak directions learn as fast as strong ones. The
     bank itself is kept at norm √out. (K. Jordan's Muon, as cifar10-airbench uses it.)
 
@@ -92,15 +93,18 @@ class Muon(Optimizer):
                 lr = torch.as_tensor(group["lr"], device=steps.device)  # a tensor on a GPU
                 for kernel, step in zip(kernels, steps):
                     kernel.mul_(math.sqrt(len(kernel)) / kernel.norm())
-                    kernel.addcmul_(step.view(kernel.shape), lr, value=-1)
+                    by_place = step.unflatten(1, (*kernel.shape[2:], -1))
+                    kernel.addcmul_(by_place.permute(0, 3, 1, 2), lr, value=-1)
 
     def direction(self, kernel: Tensor, group: dict[str, Any]) -> Tensor:
-        """The Nesterov momentum of a bank, as a matrix out×(in·k·k)."""
+        """The Nesterov momentum of a bank, as a matrix out×(k·k·in): a view of channels-last
+        memory, and the order of columns makes no difference to a step."""
         state = self.state[kernel]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(kernel)
         momentum = state["momentum"].mul_(group["momentum"]).add_(kernel.grad)
-        return (kernel.grad + group["momentum"] * momentum).flatten(1)
+        nesterov = torch.add(kernel.grad, momentum, alpha=group["momentum"])
+        return nesterov.permute(0, 2, 3, 1).flatten(1)
 
 
 def orthogonal(
@@ -108,16 +112,22 @@ def orthogonal(
 ) -> Tensor:
     """n×r×c matrices with their singular values brought near 1 by Newton–Schulz iterations.
 
-    The coefficients are Muon's: they do not converge to 1 exactly, but get near it quickly.
+    The coefficients are Muon's: they do not converge to 1 exactly, but get near it quickly. Every
+    iteration multiplies x by a polynomial of x·xᵀ. These polynomials, r×r, are multiplied first and
+    x once, in the end; kernels have several times more columns than rows.
     """
     x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(precision)
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT
+    gram, factors = x @ x.mT, []
     for _ in range(iterations):
-        gram = x @ x.mT
-        quadratic = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, quadratic, x, beta=3.4445)
+        if factors:  # x·xᵀ of the x of now; all these matrices are symmetric
+            gram = factors[-1] @ gram @ factors[-1]
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        factor.diagonal(dim1=1, dim2=2).add_(3.4445)
+        factors.append(factor)
+    x = reduce(torch.matmul, factors) @ x
     return (x.mT if tall else x).to(matrices.dtype)
 
 
