@@ -287,7 +287,8 @@ def kernel_similarity(block: IntermediateBlock, middle: bool = False) -> Tensor:
     Args:
         middle: compare them only where all have a weight, in the square of the smallest kernel.
     """
-    banks = stacked_kernels(block.branches, block.fc.weight.dtype).detach()
+    weights = [branch.weight for branch in block.branches]
+    banks = stacked_kernels(weights, block.fc.weight.dtype).detach()
     if middle:
         smallest = min(branch.kernel_size[0] for branch in block.branches)
         rim = (banks.shape[-1] - smallest) // 2

@@ -22,10 +22,13 @@ using at::BFloat16;
 using Size = int64_t;
 
 // What one call works on: b images of height×width positions, c channels in and `out` out, k×k
-// kernels of L branches; and how many output (forward) or input channels (backward) at a time.
+// kernels of L branches; and how many output (`convolve`) or input channels (`gradients`) at a time.
+// Kernels lie L×out×k×k×c; if they are `turned`, L×c×k×k×out, and are taken from their last place to
+// the first.
 struct Shape {
-  Size b, height, width, c, out, k, L, block, threads;
+  Size b, height, width, c, out, k, L, block, threads, turned;
   Size wide() const { return width + k - 1; }  // of a row with its rim
+  Size a_row() const { return L + L % 2; }     // numbers of `a` for an image in `convolve`
 };
 
 // Images whose kernels are mixed together, and whose kernels' gradients are led back together: each
@@ -53,19 +56,22 @@ template <> struct Numbers<BFloat16> {
 static std::atomic<bool> failed;  // an exception must not leave a thread
 static std::mutex one_call;
 
-// Zeros, from the start of a cache line.
+// Memory from the start of a cache line.
 template <class T> struct Buffer {
   T* at;
   explicit Buffer(Size count) {
-    const Size bytes = (count * sizeof(T) + 63) / 64 * 64;
-    at = static_cast<T*>(std::aligned_alloc(64, bytes));
-    if (at == nullptr)
-      failed = true;
-    else
-      std::memset(static_cast<void*>(at), 0, bytes);
+    at = static_cast<T*>(std::aligned_alloc(64, bytes(count)));
+    if (at == nullptr) failed = true;
   }
   ~Buffer() { std::free(at); }
   Buffer(const Buffer&) = delete;
+  static Size bytes(Size count) { return (count * sizeof(T) + 63) / 64 * 64; }
+};
+
+template <class T> struct Zeros : Buffer<T> {
+  explicit Zeros(Size count) : Buffer<T>(count) {
+    if (this->at != nullptr) std::memset(static_cast<void*>(this->at), 0, this->bytes(count));
+  }
 };
 
 static Floats load(const float* from) {
@@ -117,29 +123,126 @@ void spread(const T* from, Size from_apart, Size rows, Size count, T* to, Size a
     std::memcpy(static_cast<void*>(to + r * apart), from + r * from_apart, count * sizeof(T));
 }
 
-// Which positions of an image's row meet a column of the kernel, and where they lie in a row of
-// positions that begin with the first one that the kernel is laid upon.
-struct Part {
-  Size from, to, count;
-};
-
-static Part met(const Shape& s, Size dx, Size columns) {
-  const Size left = dx - s.k / 2, from = std::max<Size>(left, 0), to = from - left;
-  return {from, to, std::max<Size>(std::min(s.width - from, columns - to), 0)};
+// Up to LANES numbers, all of them without a call: of a vector, or into one.
+template <class T> void copy_lanes(const T* from, Size count, typename Numbers<T>::Vector* to) {
+  if (count == LANES)
+    std::memcpy(to, from, sizeof *to);
+  else
+    std::memcpy(to, from, count * sizeof(T));
 }
 
-// kernels (images×n) = a (images×L) · bank (L×n, rows of `bank_row`).
+template <class T> void copy_lanes(const typename Numbers<T>::Vector* from, Size count, T* to) {
+  if (count == LANES)
+    std::memcpy(static_cast<void*>(to), from, sizeof *from);
+  else
+    std::memcpy(static_cast<void*>(to), from, count * sizeof(T));
+}
+
+// Two vectors shuffled into each other: the first half of the result, then the second.
+template <class V> void shuffle(V a, V b, V* to) {
+  to[0] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  to[1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+
+// columns×rows (`to_row` numbers apart) from rows×columns (`from_row` apart); of a row of the result
+// the first `writable` numbers may be written. Shuffled four times, 16×16 numbers have changed rows
+// for columns.
+template <class T>
+void transpose(const T* from, Size from_row, Size rows, Size columns, T* to, Size to_row, Size writable) {
+  using Vector = typename Numbers<T>::Vector;
+  for (Size r = 0; r < rows; r += LANES)
+    for (Size column = 0; column < columns; column += LANES) {
+      const Size high = std::min(LANES, rows - r), wide = std::min(LANES, columns - column);
+      Vector tile[LANES] = {}, other[LANES];
+      for (Size i = 0; i < high; ++i) copy_lanes(from + (r + i) * from_row + column, wide, tile + i);
+      for (int times = 0; times < 2; ++times) {
+        for (int i = 0; i < 8; ++i) shuffle(tile[i], tile[i + 8], other + 2 * i);
+        for (int i = 0; i < 8; ++i) shuffle(other[i], other[i + 8], tile + 2 * i);
+      }
+      const Size count = std::min(LANES, writable - r);
+      for (Size i = 0; i < wide; ++i) copy_lanes(tile + i, count, to + (column + i) * to_row + r);
+    }
+}
+
+// Two and two rows of `count` numbers interleaved, if the second factor of a product wants it.
+static void interleave(const BFloat16* from, Size from_row, Size rows, Size count, BFloat16* to) {
+  const auto* halves = reinterpret_cast<const uint16_t*>(from);
+  auto* words = reinterpret_cast<uint32_t*>(to);
+  for (Size r = 0; r < rows; r += 2)
+    for (Size i = 0; i < count; ++i)
+      words[r / 2 * count + i] =
+          halves[r * from_row + i] | uint32_t(halves[(r + 1) * from_row + i]) << 16;
+}
+
+static void interleave(const float* from, Size from_row, Size rows, Size count, float* to) {
+  spread(from, from_row, rows, count, to, count);
+}
+
+// The kernels as second factors: L×(out/block)×k×(k·c)×block, in bfloat16 with two and two channels c
+// interleaved, so that each row of a mixed kernel is one product. What is interleaved are words of 32
+// bits, the numbers of float32.
+template <class T> void lay_out(const T* kernels, const Shape& s, T* bank) {
+  constexpr Size pair = Numbers<T>::pair;
+  const Size blocks = s.out / s.block, places = s.k * s.k;
+#pragma omp for schedule(static)
+  for (Size part = 0; part < s.L * blocks * places; ++part) {
+    const Size place = part % places, block = part / places % blocks, l = part / places / blocks;
+    T* to = bank + part * s.c * s.block;
+    if (s.turned) {
+      const T* from = kernels + (l * s.c * places + places - 1 - place) * s.out + block * s.block;
+      interleave(from, places * s.out, s.c, s.block, to);
+    } else {
+      const T* from = kernels + ((l * s.out + block * s.block) * places + place) * s.c;
+      transpose(reinterpret_cast<const float*>(from), places * s.c / pair, s.block, s.c / pair,
+                reinterpret_cast<float*>(to), s.block, s.block);
+    }
+  }
+}
+
+// kernels (images×n) = a (images×L, rows of `a_row`) · bank (L×n, rows of `bank_row`).
 template <int images, class T>
-void mix(const float* a, const T* bank, Size bank_row, Size L, T* kernels, Size n) {
+void mix(const T* a, Size a_row, const T* bank, Size bank_row, Size L, T* kernels, Size n) {
   for (Size i = 0; i < n; i += LANES) {
     Floats sums[images] = {};
     for (Size l = 0; l < L; ++l) {
       const Floats w = load(bank + l * bank_row + i);
-      for (int j = 0; j < images; ++j) sums[j] += a[j * L + l] * w;
+      for (int j = 0; j < images; ++j) sums[j] += float(a[j * a_row + l]) * w;
     }
     for (int j = 0; j < images; ++j) store(kernels + j * n + i, sums[j]);
   }
 }
+
+#ifdef __AVX512BF16__
+// The same with an instruction that multiplies and adds two branches' numbers. Four and four numbers
+// of each 8 are paired, of 32, and put back into their order in the end; if L is odd, the last ones
+// with zeros.
+template <int images>
+void mix(const BFloat16* a, Size a_row, const BFloat16* bank, Size bank_row, Size L, BFloat16* kernels,
+         Size n) {
+  const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+  for (Size i = 0; i < n; i += 2 * LANES) {
+    __m512 low[images] = {}, high[images] = {};
+    for (Size l = 0; l < L; l += 2) {
+      const __m512i one = _mm512_loadu_si512(bank + l * bank_row + i);
+      const __m512i other =
+          l + 1 < L ? _mm512_loadu_si512(bank + (l + 1) * bank_row + i) : _mm512_setzero_si512();
+      const auto w_low = (__m512bh)_mm512_unpacklo_epi16(one, other);
+      const auto w_high = (__m512bh)_mm512_unpackhi_epi16(one, other);
+      for (int j = 0; j < images; ++j) {
+        int two;
+        std::memcpy(&two, a + j * a_row + l, sizeof two);
+        const auto weights = (__m512bh)_mm512_set1_epi32(two);
+        low[j] = _mm512_dpbf16_ps(low[j], w_low, weights);
+        high[j] = _mm512_dpbf16_ps(high[j], w_high, weights);
+      }
+    }
+    for (int j = 0; j < images; ++j) {
+      const auto mixed = (__m512i)_mm512_cvtne2ps_pbh(high[j], low[j]);
+      _mm512_storeu_si512(kernels + j * n + i, _mm512_permutexvar_epi64(order, mixed));
+    }
+  }
+}
+#endif
 
 // An image for products with the rows of kernels: for each position, also above and below the image,
 // the k·c numbers that a row of a kernel meets lie one after the other; zeros are there already. In
@@ -152,24 +255,28 @@ template <class T> void first_factor(const T* x, const Shape& s, T* to) {
     return;
   }
   for (Size dx = 0; dx < s.k; ++dx) {
-    const Part part = met(s, dx, s.width);
+    const Size left = dx - s.k / 2, from = std::max<Size>(left, 0);  // columns that `dx` meets
+    const Size count = std::max<Size>(s.width - std::abs(left), 0);
     for (Size y = 0; y < s.height; ++y)
-      spread(x + (y * s.width + part.from) * s.c, s.c, part.count, s.c,
-             to + (((y + s.k / 2) * s.width + part.to) * s.k + dx) * s.c, s.k * s.c);
+      spread(x + (y * s.width + from) * s.c, s.c, count, s.c,
+             to + (((y + s.k / 2) * s.width + from - left) * s.k + dx) * s.c, s.k * s.c);
   }
 }
 
-// x′ of all images. The bank is L×(out/block)×k×(k·c)×block, in bfloat16 with two and two channels c
-// interleaved, so that each row of a kernel is one product, of many positions at a time.
+// x′ of all images: a row of a mixed kernel is one product, of many positions at a time.
 template <class T>
-void convolve(const T* x, const float* a, const T* bank, T* x_new, const Shape s) {
+void convolve(const T* x, const T* a, const T* branches, T* x_new, const Shape s) {
   const Size part = s.k * s.c * s.block, blocks = s.out / s.block, of_image = s.height * s.width;
   const bool wide = s.width >= WIDE;
   const Size apart = wide ? s.c : s.k * s.c, row = (wide ? s.wide() : s.width) * apart;
   const Size image = (s.height + s.k - 1) * row, rows = wide ? 1 : s.height;  // in one product
+  Buffer<T> bank(s.L * blocks * s.k * part);
+  if (failed) return;
 #pragma omp parallel num_threads(s.threads)
   {
-    Buffer<T> factors(MIXED * image), kernels(MIXED * part);
+    lay_out(branches, s, bank.at);
+    Zeros<T> factors(MIXED * image);
+    Buffer<T> kernels(MIXED * part);
     Buffer<float> sums(MIXED * of_image * s.block);
 #pragma omp for schedule(static)
     for (Size first = 0; first < s.b; first += MIXED) {
@@ -179,13 +286,14 @@ void convolve(const T* x, const float* a, const T* bank, T* x_new, const Shape s
         first_factor(x + (first + j) * of_image * s.c, s, factors.at + j * image);
       for (Size block = 0; block < blocks; ++block) {
         for (Size dy = 0; dy < s.k; ++dy) {
-          const T* banks = bank + (block * s.k + dy) * part;
+          const T* banks = bank.at + (block * s.k + dy) * part;
           const Size bank_row = blocks * s.k * part;
           if (images == MIXED)
-            mix<MIXED>(a + first * s.L, banks, bank_row, s.L, kernels.at, part);
+            mix<MIXED>(a + first * s.a_row(), s.a_row(), banks, bank_row, s.L, kernels.at, part);
           else
             for (Size j = 0; j < images; ++j)
-              mix<1>(a + (first + j) * s.L, banks, bank_row, s.L, kernels.at + j * part, part);
+              mix<1>(a + (first + j) * s.a_row(), s.a_row(), banks, bank_row, s.L, kernels.at + j * part,
+                     part);
           for (Size j = 0; j < images; ++j)
             for (Size y = 0; y < s.height; y += rows)
               multiply(rows * s.width, s.block, s.k * s.c, factors.at + j * image + (y + dy) * row, apart,
@@ -204,62 +312,66 @@ void convolve(const T* x, const float* a, const T* bank, T* x_new, const Shape s
   }
 }
 
-// Two vectors shuffled into each other: the first half of the result, then the second.
-template <class V> void shuffle(V a, V b, V* to) {
-  to[0] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  to[1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+// For each column dx of a kernel, which positions have a neighbour dx − k/2 columns on in the same row
+// of a map: `length` numbers, of which all bits are 1, or 0.
+template <class T> void neighbours(const Shape& s, Size length, T* masks) {
+  for (Size dx = 0; dx < s.k; ++dx)
+    for (Size p = 0; p < length; ++p) {
+      const Size column = p % s.width + dx - s.k / 2;
+      const int bits = column >= 0 && column < s.width ? -1 : 0;
+      std::memset(static_cast<void*>(masks + dx * length + p), bits, sizeof(T));
+    }
 }
 
-// c×positions (rows of `to_row`) from positions×c. Shuffled four times, 16×16 numbers have changed
-// rows for columns.
-template <class T> void transpose(const T* from, Size positions, Size c, T* to, Size to_row) {
+// An image transposed, c×positions, so that the rows of all positions that meet a place of the kernel
+// begin at an offset; zeros are there already. A wide map has rims at all sides, where gradients are
+// zeros, which is multiplied in vain. A narrow one lies k times instead, once for each column of the
+// kernel, moved so that it meets them without rims at the left and the right.
+template <class T>
+void first_factor_across(const T* x, const Shape& s, const T* masks, T* to, Size row, Size copy) {
   using Vector = typename Numbers<T>::Vector;
-  for (Size p = 0; p < positions; p += LANES)
-    for (Size channel = 0; channel < c; channel += LANES) {
-      const Size rows = std::min(LANES, positions - p), columns = std::min(LANES, c - channel);
-      Vector tile[LANES] = {}, other[LANES];
-      if (columns == LANES)  // of known length, without a call
-        for (Size i = 0; i < rows; ++i) std::memcpy(tile + i, from + (p + i) * c + channel, sizeof(Vector));
-      else
-        for (Size i = 0; i < rows; ++i)
-          std::memcpy(tile + i, from + (p + i) * c + channel, columns * sizeof(T));
-      for (int times = 0; times < 2; ++times) {
-        for (int i = 0; i < 8; ++i) shuffle(tile[i], tile[i + 8], other + 2 * i);
-        for (int i = 0; i < 8; ++i) shuffle(other[i], other[i + 8], tile + 2 * i);
-      }
-      for (Size i = 0; i < columns; ++i)
-        std::memcpy(static_cast<void*>(to + (channel + i) * to_row + p), tile + i, sizeof(Vector));
+  const Size rim = s.k / 2;
+  if (s.width >= WIDE) {
+    for (Size y = 0; y < s.height; ++y)
+      transpose(x + y * s.width * s.c, s.c, s.width, s.c, to + (y + rim) * s.wide() + rim, row, s.width);
+    return;
+  }
+  T* middle = to + rim * copy;
+  transpose(x, s.c, s.height * s.width, s.c, middle + rim * s.width, row, s.height * s.width);
+  for (Size dx = 0; dx < s.k; ++dx)
+    for (Size i = 0; dx != rim && i < copy; i += LANES) {
+      Vector numbers, mask;
+      std::memcpy(&numbers, middle + i + dx - rim, sizeof numbers);
+      std::memcpy(&mask, masks + dx * row + i % row, sizeof mask);
+      numbers &= mask;
+      std::memcpy(static_cast<void*>(to + dx * copy + i), &numbers, sizeof numbers);
     }
 }
 
 // An image of gradients as the second factor of a product: a row for each position, `columns` of
-// them for a row of the image, whose last ones are zeros, which are there already, here and in `rows`;
-// in bfloat16 two and two rows interleaved.
+// them for a row of the image, whose last ones are zeros, which are there already, here and in `rows`.
 static void second_factor(const float* grad, const Shape& s, Size columns, float*, Size, float* to) {
   spread(grad, s.width * s.out, s.height, s.width * s.out, to, columns * s.out);
 }
 
 static void second_factor(const BFloat16* grad, const Shape& s, Size columns, BFloat16* rows,
                           Size positions, BFloat16* to) {
-  spread(grad, s.width * s.out, s.height, s.width * s.out, rows, columns * s.out);
-  const auto* halves = reinterpret_cast<const uint16_t*>(rows);
-  auto* words = reinterpret_cast<uint32_t*>(to);
-  for (Size p = 0; p < positions; p += 2)
-    for (Size i = 0; i < s.out; ++i)
-      words[p / 2 * s.out + i] = halves[p * s.out + i] | uint32_t(halves[(p + 1) * s.out + i]) << 16;
+  const bool together = columns == s.width && positions == s.height * s.width;
+  if (!together) spread(grad, s.width * s.out, s.height, s.width * s.out, rows, columns * s.out);
+  interleave(together ? grad : rows, s.out, positions, s.out, to);
 }
 
-// From the gradients of some images' kernels (images×n) to those of the bank (grad_bank += aᵀ·grads)
-// and of a (images×L, += ⟨grads, bank⟩), for as many branches as `branches`.
+// From the gradients of some images' kernels (images×n) to those of the bank (grad_bank = or +=
+// aᵀ·grads) and of a (images×L, += ⟨grads, bank⟩), for as many branches as `branches`.
 template <int images, int branches, class T>
 void lead_back(const float* grads, Size n, const float* a, const T* bank, float* grad_bank, Size row,
-               Size L, float* grad_a) {
+               Size L, float* grad_a, bool add) {
   Floats products[images][branches] = {};
   for (Size i = 0; i < n; i += LANES) {
     Floats w[branches], sum[branches];
     for (int l = 0; l < branches; ++l) {
       w[l] = load(bank + l * row + i);
-      sum[l] = load(grad_bank + l * row + i);
+      sum[l] = add ? load(grad_bank + l * row + i) : Floats{};
     }
     for (int j = 0; j < images; ++j) {
       const Floats g = load(grads + j * n + i);
@@ -281,89 +393,118 @@ void lead_back(const float* grads, Size n, const float* a, const T* bank, float*
 // For all branches: two at a time, so that each gradient is read half as often.
 template <int images, class T>
 void lead_back(const float* grads, Size n, const float* a, const T* bank, float* grad_bank, Size row,
-               Size L, float* grad_a) {
+               Size L, float* grad_a, bool add) {
   Size l = 0;
   for (; l + 2 <= L; l += 2)
-    lead_back<images, 2>(grads, n, a + l, bank + l * row, grad_bank + l * row, row, L, grad_a + l);
+    lead_back<images, 2>(grads, n, a + l, bank + l * row, grad_bank + l * row, row, L, grad_a + l, add);
   if (l < L)
-    lead_back<images, 1>(grads, n, a + l, bank + l * row, grad_bank + l * row, row, L, grad_a + l);
+    lead_back<images, 1>(grads, n, a + l, bank + l * row, grad_bank + l * row, row, L, grad_a + l, add);
 }
 
-// The gradients of a, b×L, and of the bank, L×(k·k)×c×out like the bank itself, one for each thread;
-// both to be added to zeros. A thread has images of its own, and what it makes of them, in parts that
-// stay in the cache, no other one reads. Images lie transposed, so that the rows of all positions that
-// meet a place of the kernel begin at an offset. Wide maps have rims at all sides, where gradients are
-// zeros, which is multiplied in vain; narrow ones lie k times instead, once for each column of the
-// kernel, moved so that it meets them without rims at the left and the right.
+// L×(k·k)×c×out from kernels, L×out×(k·k)×c: a place's numbers lie together.
+template <class T> void by_place(const T* kernels, const Shape& s, T* bank) {
+  const Size places = s.k * s.k;
+#pragma omp for schedule(static)
+  for (Size part = 0; part < s.L * places; ++part) {
+    const Size l = part / places, place = part % places;
+    transpose(kernels + (l * s.out * places + place) * s.c, places * s.c, s.out, s.c,
+              bank + part * s.c * s.out, s.out, s.out);
+  }
+}
+
+// Back to kernels from the threads' banks, which are added up.
+static void by_kernel(float* banks, const Shape& s, float* kernels) {
+  const Size places = s.k * s.k, of_place = s.c * s.out;
+#pragma omp for schedule(static)
+  for (Size part = 0; part < s.L * places; ++part) {
+    const Size l = part / places, place = part % places;
+    float* sum = banks + part * of_place;
+    for (Size thread = 1; thread < s.threads; ++thread)
+      for (Size i = 0; i < of_place; ++i) sum[i] += sum[thread * s.L * places * of_place + i];
+    transpose(sum, s.out, s.c, s.out, kernels + (l * s.out * places + place) * s.c, places * s.c, s.c);
+  }
+}
+
+// The gradients of a, b×L, added to zeros, and of the kernels, which lie as these do. A thread has
+// images of its own, and what it makes of them, in parts that stay in the cache, no other one reads.
 template <class T>
-void gradients(const T* x, const T* grad, const float* a, const T* bank, float* grad_banks,
-               float* grad_a, const Shape s) {
+void gradients(const T* x, const T* grad, const float* a, const T* branches,
+               float* grad_kernels, float* grad_a, const Shape s) {
   constexpr Size pair = Numbers<T>::pair;
   const Size copies = s.width < WIDE ? s.k : 1, columns = s.width < WIDE ? s.width : s.wide();
   const Size positions = (s.height * columns + pair - 1) / pair * pair, of_image = s.height * s.width;
   const Size laid = (s.height + s.k - 1) * columns;  // positions of a copy, with rims
   const Size image_row = (laid + s.k + LANES) / LANES * LANES, copy = s.c * image_row;
   const Size image = copies * copy, places = s.k * s.k, piece = s.block * s.out;
-  const Size row = places * s.c * s.out, each = (s.b + s.threads - 1) / s.threads;
+  const Size row = places * s.c * s.out, most = s.b / s.threads + 1;
   const Size fit = LAID_OUT / (image + positions * s.out);
-  const Size at_once = std::max(std::min(fit, each + LED_BACK) / LED_BACK * LED_BACK, LED_BACK);
-#pragma omp parallel for num_threads(s.threads) schedule(static)
-  for (Size thread = 0; thread < s.threads; ++thread) {
-    Buffer<T> rimmed(copies * laid * s.c), rows(positions * s.out);
-    Buffer<T> images(at_once * image), grads(at_once * positions * s.out);
-    Buffer<float> kernels(LED_BACK * piece);
-    if (failed) continue;
-    float* grad_bank = grad_banks + thread * s.L * row;
-    const Size end = std::min(s.b, (thread + 1) * each);
-    for (Size first = thread * each; first < end; first += at_once) {
-      const Size laid_out = std::min(at_once, end - first);
-      for (Size j = 0; j < laid_out; ++j) {
-        for (Size dx = 0; dx < copies; ++dx) {
-          const Part part = met(s, dx, columns);
-          T* moved = rimmed.at + dx * laid * s.c;
-          spread(x + ((first + j) * of_image + part.from) * s.c, s.width * s.c, s.height,
-                 part.count * s.c, moved + (s.k / 2 * columns + part.to) * s.c, columns * s.c);
-          transpose(moved, laid, s.c, images.at + j * image + dx * copy, image_row);
+  const Size at_once = std::max(std::min(fit, most + LED_BACK) / LED_BACK * LED_BACK, LED_BACK);
+  const bool in_place = pair == 1 && columns == s.width;  // gradients are second factors as they lie
+  Buffer<T> banks(s.L * row), masks(copies * image_row);
+  Buffer<float> grad_banks(s.threads * s.L * row);
+  if (failed) return;
+  if (copies > 1) neighbours(s, image_row, masks.at);
+#pragma omp parallel num_threads(s.threads)
+  {
+    by_place(branches, s, banks.at);
+#pragma omp for schedule(static)
+    for (Size thread = 0; thread < s.threads; ++thread) {
+      Zeros<T> rows(positions * s.out), images(at_once * image);
+      Zeros<T> grads(in_place ? 1 : at_once * positions * s.out);
+      Buffer<float> kernels(LED_BACK * piece);
+      if (failed) continue;
+      const T* bank = banks.at;
+      float* grad_bank = grad_banks.at + thread * s.L * row;
+      const Size start = s.b * thread / s.threads, end = s.b * (thread + 1) / s.threads;
+      for (Size first = start; first < end; first += at_once) {
+        const Size laid_out = std::min(at_once, end - first);
+        for (Size j = 0; j < laid_out; ++j) {
+          first_factor_across(x + (first + j) * of_image * s.c, s, masks.at, images.at + j * image,
+                              image_row, copy);
+          if (!in_place)
+            second_factor(grad + (first + j) * of_image * s.out, s, columns, rows.at, positions,
+                          grads.at + j * positions * s.out);
         }
-        second_factor(grad + (first + j) * of_image * s.out, s, columns, rows.at, positions,
-                      grads.at + j * positions * s.out);
-      }
-      for (Size place = 0; place < places; ++place)
-        for (Size block = 0; block < s.c; block += s.block)
-          for (Size some = 0; some < laid_out; some += LED_BACK) {
-            const Size count = std::min(LED_BACK, laid_out - some), to = (place * s.c + block) * s.out;
-            const Size dy = place / s.k, dx = place % s.k;
-            const Size from = dy * columns + dx * (copies > 1 ? copy : 1) + block * image_row;
-            for (Size j = 0; j < count; ++j)
-              multiply(s.block, s.out, positions, images.at + (some + j) * image + from, image_row,
-                       grads.at + (some + j) * positions * s.out, kernels.at + j * piece, false);
-            const Size at = (first + some) * s.L;
-            if (count == LED_BACK)
-              lead_back<LED_BACK>(kernels.at, piece, a + at, bank + to, grad_bank + to, row, s.L,
-                                  grad_a + at);
-            else
+        const T* factors = in_place ? grad + first * of_image * s.out : grads.at;
+        for (Size place = 0; place < places; ++place)
+          for (Size block = 0; block < s.c; block += s.block)
+            for (Size some = 0; some < laid_out; some += LED_BACK) {
+              const Size count = std::min(LED_BACK, laid_out - some), to = (place * s.c + block) * s.out;
+              const Size dy = place / s.k, dx = place % s.k;
+              const Size from = dy * columns + dx * (copies > 1 ? copy : 1) + block * image_row;
               for (Size j = 0; j < count; ++j)
-                lead_back<1>(kernels.at + j * piece, piece, a + at + j * s.L, bank + to, grad_bank + to,
-                             row, s.L, grad_a + at + j * s.L);
-          }
+                multiply(s.block, s.out, positions, images.at + (some + j) * image + from, image_row,
+                         factors + (some + j) * positions * s.out, kernels.at + j * piece, false);
+              const Size at = (first + some) * s.L;
+              const bool add = first + some > start;
+              if (count == LED_BACK)
+                lead_back<LED_BACK>(kernels.at, piece, a + at, bank + to, grad_bank + to, row, s.L,
+                                    grad_a + at, add);
+              else
+                for (Size j = 0; j < count; ++j)
+                  lead_back<1>(kernels.at + j * piece, piece, a + at + j * s.L, bank + to, grad_bank + to,
+                               row, s.L, grad_a + at + j * s.L, add || j > 0);
+            }
+      }
+      release<T>();
     }
-    release<T>();
+    by_kernel(grad_banks.at, s, grad_kernels);
   }
 }
 
 // Each gives whether the library refused a product, or the memory was short.
 #define FOR(T, NAME)                                                                             \
-  bool convolve_##NAME(const T* x, const float* a, const T* bank, T* x_new, const Shape* s) {    \
+  bool convolve_##NAME(const T* x, const T* a, const T* kernels, T* x_new, const Shape* s) {     \
     const std::lock_guard<std::mutex> alone(one_call);                                           \
     failed = false;                                                                              \
-    convolve(x, a, bank, x_new, *s);                                                             \
+    convolve(x, a, kernels, x_new, *s);                                                          \
     return failed;                                                                               \
   }                                                                                              \
-  bool gradients_##NAME(const T* x, const T* grad, const float* a, const T* bank,                \
-                        float* grad_bank, float* grad_a, const Shape* s) {                       \
+  bool gradients_##NAME(const T* x, const T* grad, const float* a, const T* kernels,             \
+                        float* grad_kernels, float* grad_a, const Shape* s) {                    \
     const std::lock_guard<std::mutex> alone(one_call);                                           \
     failed = false;                                                                              \
-    gradients(x, grad, a, bank, grad_bank, grad_a, *s);                                          \
+    gradients(x, grad, a, kernels, grad_kernels, grad_a, *s);                                    \
     return failed;                                                                               \
   }
 

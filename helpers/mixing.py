@@ -47,7 +47,7 @@ class _Shape(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in ("b", "height", "width", "c", "out", "k", "L", "block", "threads")
+        for name in ("b", "height", "width", "c", "out", "k", "L", "block", "threads", "turned")
     ]
 
 
@@ -74,20 +74,32 @@ def convolved(x: Tensor, a: Tensor, kernels: Tensor) -> Tensor:
     Args:
         x: b×c×h×w, of float32 or bfloat16 numbers on the CPU; c a multiple of `CHANNELS`.
         a: b×L.
-        kernels: L×out×c×k×k, of the numbers of x; k odd, `out` a multiple of `CHANNELS`.
+        kernels: L×out×c×k×k, of the numbers of x; k odd, `out` a multiple of `CHANNELS`. Those
+            whose c are neighbours in memory are not copied.
 
     Raises:
         Unavailable: the program cannot be had, or does not take this.
     """
-    (b, c, h, w), (L, out, _, k, _) = x.shape, kernels.shape
+    return _convolved(x, a, kernels, kernels.shape[1], turned=False)
+
+
+def led_back(grad: Tensor, a: Tensor, kernels: Tensor) -> Tensor:
+    """The gradient of x, b×c×h×w, from that of what `convolved` gives, b×out×h×w: convolved with
+    kernels turned by 180°.
+
+    Raises:
+        Unavailable: the program cannot be had, or does not take this.
+    """
+    return _convolved(grad, a, kernels, kernels.shape[2], turned=True)
+
+
+def _convolved(x: Tensor, a: Tensor, kernels: Tensor, out: int, turned: bool) -> Tensor:
+    (b, c, h, w), (L, *_, k) = x.shape, kernels.shape
     threads = max(1, min(torch.get_num_threads(), -(-b // MIXED)))
-    block = _divisor(out, OUT_AT_ONCE)
-    bank = kernels.permute(0, 3, 4, 2, 1).reshape(L, k * k * c, out // block, block).transpose(1, 2)
-    if x.dtype == torch.bfloat16:  # two and two input channels side by side
-        bank = bank.unflatten(2, (-1, 2)).transpose(3, 4)
+    shape = _Shape(b, h, w, c, out, k, L, _divisor(out, OUT_AT_ONCE), threads, turned)
     x_new = x.new_empty(b, h, w, out)
-    shape = _Shape(b, h, w, c, out, k, L, block, threads)
-    _call("convolve", shape, x.dtype, _by_position(x), a.float(), bank, x_new)
+    even = F.pad(a.to(x.dtype), (0, L % 2))  # so that they can be taken two at a time
+    _call("convolve", shape, x.dtype, _by_position(x), even, _by_position(kernels), x_new)
     return x_new.permute(0, 3, 1, 2)
 
 
@@ -99,18 +111,18 @@ def gradients(x: Tensor, grad: Tensor, a: Tensor, kernels: Tensor) -> tuple[Tens
         Unavailable: the program cannot be had, or does not take this.
     """
     (b, c, h, w), (L, out, _, k, _) = x.shape, kernels.shape
-    most = min(torch.get_num_threads(), b // LED_BACK, SUMS // kernels.numel())
-    threads = max(1, most)
+    threads = max(1, min(torch.get_num_threads(), b // LED_BACK, SUMS // kernels.numel()))
+    shape = _Shape(b, h, w, c, out, k, L, _divisor(c, IN_AT_ONCE), threads, False)
     grad_a = x.new_zeros(b, L, dtype=torch.float32)
-    grad_banks = x.new_zeros(threads, L, k, k, c, out, dtype=torch.float32)
-    shape = _Shape(b, h, w, c, out, k, L, _divisor(c, IN_AT_ONCE), threads)
-    bank, maps = kernels.permute(0, 3, 4, 2, 1), (_by_position(x), _by_position(grad))
-    _call("gradients", shape, x.dtype, *maps, a.float(), bank, grad_banks, grad_a)
-    return grad_a, grad_banks.sum(0).permute(0, 4, 3, 1, 2)
+    grad_kernels = x.new_empty(L, out, k, k, c, dtype=torch.float32)
+    numbers = _by_position(x), _by_position(grad), a.float(), _by_position(kernels)
+    _call("gradients", shape, x.dtype, *numbers, grad_kernels, grad_a)
+    return grad_a, grad_kernels.movedim(4, 2)
 
 
 def _by_position(maps: Tensor) -> Tensor:
-    return maps.permute(0, 2, 3, 1)
+    """Maps, or kernels, with their channels last: …×h×w×c from …×c×h×w."""
+    return maps.movedim(-3, -1)
 
 
 def _divisor(channels: int, most: int) -> int:

@@ -322,14 +322,17 @@ class IntermediateBlock(nn.Module):
             x, a = x.to(dtype), a.to(dtype)
             if form == "compiled":
                 check_compiled(x.shape[1], branches[0].out_channels, self.stride, dtype, kind)
+            weights = [branch.weight for branch in branches]
             if form in ("fused", "products", "scaled"):
-                kernels = [branch.weight.to(dtype) for branch in branches]
+                kernels = [weight.to(dtype) for weight in weights]
                 x_new = _SumOfConvolutions.apply(x, a, form, self.stride, *kernels)
+            elif form == "compiled":
+                x_new = _CompiledConvolution.apply(x, a, *weights)
             elif form == "grouped":
-                kernels = stacked_kernels(branches, dtype)
+                kernels = stacked_kernels(weights, dtype)
                 x_new = _GroupedConvolution.apply(x, a, kernels, self.stride)
             else:
-                x_new = ALL_KERNELS[form].apply(x, a, stacked_kernels(branches, dtype))
+                x_new = STACKED[form].apply(x, a, stacked_kernels(weights, dtype))
         return with_biases(x_new, a, branches)
 
 
@@ -480,12 +483,19 @@ def _convolution_backward(
     return _convolution(grad, turned, form, stride) if to_x else None, grad_kernel
 
 
-def stacked_kernels(branches: Sequence[nn.Conv2d], dtype: torch.dtype) -> Tensor:
-    """The branches' kernels, L×out×in×k×k (k the largest; smaller ones zero-padded)."""
-    largest = max(branch.kernel_size[0] for branch in branches)
-    rims = [(largest - branch.kernel_size[0]) // 2 for branch in branches]
-    kernels = (branch.weight.to(dtype) for branch in branches)
-    return torch.stack([F.pad(w, (rim,) * 4) for w, rim in zip(kernels, rims, strict=True)])
+def stacked_kernels(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The branches' kernels, L×out×in×k×k (k the largest; smaller ones zero-padded), each in
+    channels-last memory, as networks keep them for training."""
+    rims = rims_of(weights)
+    by_place = [w.to(dtype).permute(0, 2, 3, 1) for w in weights]
+    padded = [F.pad(w, (0, 0) + (rim,) * 4) if rim else w for w, rim in zip(by_place, rims)]
+    return torch.stack(padded).permute(0, 1, 4, 2, 3)
+
+
+def rims_of(weights: Sequence[Tensor]) -> list[int]:
+    """How much wider the largest kernel is at each side."""
+    largest = max(w.shape[-1] for w in weights)
+    return [(largest - w.shape[-1]) // 2 for w in weights]
 
 
 class _GroupedConvolution(torch.autograd.Function):
@@ -583,19 +593,21 @@ class _CompiledConvolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, a, weight)
-        return mixing.convolved(x, a, weight)
+    def forward(ctx: Any, x: Tensor, a: Tensor, *weights: Tensor) -> Tensor:
+        kernels = stacked_kernels(weights, x.dtype)
+        ctx.save_for_backward(x, a, kernels)
+        ctx.rims = rims_of(weights)
+        return mixing.convolved(x, a, kernels)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        x, a, weight = ctx.saved_tensors
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = mixing.convolved(grad, a, weight.flip(3, 4).transpose(1, 2))
-        grad_a, grad_weight = mixing.gradients(x, grad, a, weight)
-        return grad_x, grad_a.to(a.dtype), grad_weight.to(weight.dtype)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, kernels = ctx.saved_tensors
+        grad_x = mixing.led_back(grad, a, kernels) if ctx.needs_input_grad[0] else None
+        grad_a, grad_kernels = mixing.gradients(x, grad, a, kernels)
+        inner = [slice(rim, kernels.shape[-1] - rim) for rim in ctx.rims]
+        grads = [whole[..., part, part] for whole, part in zip(grad_kernels, inner, strict=True)]
+        return grad_x, grad_a.to(a.dtype), *grads
 
 
 def _rows(x: Tensor, k: int) -> Tensor:
@@ -811,9 +823,7 @@ def _add(tiles: Tensor, maps: Tensor) -> None:
 
 
 # The forms that take x, a and the branches' kernels as one tensor.
-ALL_KERNELS = {
-    "patches": _PatchProducts, "compiled": _CompiledConvolution, "winograd": _WinogradConvolution
-}  # fmt: skip
+STACKED = {"patches": _PatchProducts, "winograd": _WinogradConvolution}
 
 
 class OutputBlock(nn.Module):
