@@ -22,13 +22,14 @@ using at::BFloat16;
 using Size = int64_t;
 
 // What one call works on: b images of height×width positions, c channels in and `out` out, k×k
-// kernels of L branches; and how many output (`convolve`) or input channels (`gradients`) at a time.
-// Kernels lie L×out×k×k×c; if they are `turned`, L×c×k×k×out, and are taken from their last place to
+// kernels of L branches; how many output (`convolve`) or input channels (`gradients`) at a time; and by
+// how many threads, each with images of its own. Kernels lie L×out×k×k×c; if they are `turned`, L×c×k×k×out, and are taken from their last place to
 // the first.
 struct Shape {
   Size b, height, width, c, out, k, L, block, threads, turned;
   Size wide() const { return width + k - 1; }  // of a row with its rim
   Size a_row() const { return L + L % 2; }     // numbers of `a` for an image in `convolve`
+  Size first(Size thread) const { return b * thread / threads; }  // of a thread's images
 };
 
 // Images whose kernels are mixed together, and whose kernels' gradients are led back together: each
@@ -98,14 +99,14 @@ static void store(BFloat16* to, Floats v) {  // rounded to the nearest, to even
   std::memcpy(static_cast<void*>(to), &h, sizeof h);
 }
 
-// to (m×n) = or += from (m×inner, rows `from_row` apart) · factor (inner×n, in bfloat16 with two and
-// two rows interleaved). Rows of `from` may overlap: those of neighbouring positions do, and so no
+// to (m×n, rows `to_row` apart) = or += from (m×inner, rows `from_row` apart) · factor (inner×n, in
+// bfloat16 with two and two rows interleaved). Rows of `from` may overlap: those of neighbouring positions do, and so no
 // patch has to be copied.
 template <class T>
 void multiply(Size m, Size n, Size inner, const T* from, Size from_row, const T* factor, float* to,
-              bool add) {
+              Size to_row, bool add) {
   try {
-    at::native::cpublas::brgemm(m, n, inner, from_row, n, n, add, from, factor, to,
+    at::native::cpublas::brgemm(m, n, inner, from_row, n, to_row, add, from, factor, to,
                                 Numbers<T>::pair == 2);
   } catch (const std::exception&) {
     failed = true;
@@ -123,44 +124,43 @@ void spread(const T* from, Size from_apart, Size rows, Size count, T* to, Size a
     std::memcpy(static_cast<void*>(to + r * apart), from + r * from_apart, count * sizeof(T));
 }
 
-// Up to LANES numbers, all of them without a call: of a vector, or into one.
-template <class T> void copy_lanes(const T* from, Size count, typename Numbers<T>::Vector* to) {
-  if (count == LANES)
-    std::memcpy(to, from, sizeof *to);
-  else
-    std::memcpy(to, from, count * sizeof(T));
-}
-
-template <class T> void copy_lanes(const typename Numbers<T>::Vector* from, Size count, T* to) {
-  if (count == LANES)
-    std::memcpy(static_cast<void*>(to), from, sizeof *from);
-  else
-    std::memcpy(static_cast<void*>(to), from, count * sizeof(T));
-}
-
 // Two vectors shuffled into each other: the first half of the result, then the second.
 template <class V> void shuffle(V a, V b, V* to) {
   to[0] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   to[1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
 
-// columns×rows (`to_row` numbers apart) from rows×columns (`from_row` apart); of a row of the result
-// the first `writable` numbers may be written. Shuffled four times, 16×16 numbers have changed rows
-// for columns.
+// Rows for columns: shuffled four times, 16×16 numbers have changed them.
+template <class V> void transpose(V* tile) {
+  V other[LANES];
+  for (int times = 0; times < 2; ++times) {
+    for (int i = 0; i < 8; ++i) shuffle(tile[i], tile[i + 8], other + 2 * i);
+    for (int i = 0; i < 8; ++i) shuffle(other[i], other[i + 8], tile + 2 * i);
+  }
+}
+
+// columns×rows (`to_row` numbers apart) from rows×columns (`from_row` apart).
 template <class T>
-void transpose(const T* from, Size from_row, Size rows, Size columns, T* to, Size to_row, Size writable) {
+void transpose(const T* from, Size from_row, Size rows, Size columns, T* to, Size to_row) {
   using Vector = typename Numbers<T>::Vector;
   for (Size r = 0; r < rows; r += LANES)
     for (Size column = 0; column < columns; column += LANES) {
+      const T* corner = from + r * from_row + column;
+      T* target = to + column * to_row + r;
       const Size high = std::min(LANES, rows - r), wide = std::min(LANES, columns - column);
-      Vector tile[LANES] = {}, other[LANES];
-      for (Size i = 0; i < high; ++i) copy_lanes(from + (r + i) * from_row + column, wide, tile + i);
-      for (int times = 0; times < 2; ++times) {
-        for (int i = 0; i < 8; ++i) shuffle(tile[i], tile[i + 8], other + 2 * i);
-        for (int i = 0; i < 8; ++i) shuffle(other[i], other[i + 8], tile + 2 * i);
+      Vector tile[LANES];
+      if (high == LANES && wide == LANES) {  // in registers, without a call
+        for (int i = 0; i < LANES; ++i) std::memcpy(tile + i, corner + i * from_row, sizeof(Vector));
+        transpose(tile);
+        for (int i = 0; i < LANES; ++i)
+          std::memcpy(static_cast<void*>(target + i * to_row), tile + i, sizeof(Vector));
+      } else {
+        std::memset(tile, 0, sizeof tile);
+        for (Size i = 0; i < high; ++i) std::memcpy(tile + i, corner + i * from_row, wide * sizeof(T));
+        transpose(tile);
+        for (Size i = 0; i < wide; ++i)
+          std::memcpy(static_cast<void*>(target + i * to_row), tile + i, high * sizeof(T));
       }
-      const Size count = std::min(LANES, writable - r);
-      for (Size i = 0; i < wide; ++i) copy_lanes(tile + i, count, to + (column + i) * to_row + r);
     }
 }
 
@@ -194,7 +194,7 @@ template <class T> void lay_out(const T* kernels, const Shape& s, T* bank) {
     } else {
       const T* from = kernels + ((l * s.out + block * s.block) * places + place) * s.c;
       transpose(reinterpret_cast<const float*>(from), places * s.c / pair, s.block, s.c / pair,
-                reinterpret_cast<float*>(to), s.block, s.block);
+                reinterpret_cast<float*>(to), s.block);
     }
   }
 }
@@ -244,6 +244,16 @@ void mix(const BFloat16* a, Size a_row, const BFloat16* bank, Size bank_row, Siz
 }
 #endif
 
+// For all images, of which there are MIXED but in the end.
+template <class T>
+void mix(Size images, const T* a, const T* bank, Size bank_row, const Shape& s, T* kernels, Size n) {
+  if (images == MIXED)
+    mix<MIXED>(a, s.a_row(), bank, bank_row, s.L, kernels, n);
+  else
+    for (Size j = 0; j < images; ++j)
+      mix<1>(a + j * s.a_row(), s.a_row(), bank, bank_row, s.L, kernels + j * n, n);
+}
+
 // An image for products with the rows of kernels: for each position, also above and below the image,
 // the k·c numbers that a row of a kernel meets lie one after the other; zeros are there already. In
 // wide maps they are neighbours' own, which overlap; in narrow ones they are copied, so that one
@@ -263,6 +273,27 @@ template <class T> void first_factor(const T* x, const Shape& s, T* to) {
   }
 }
 
+// Sums for x′, and where they lie: in x′ itself, if its numbers are of that type.
+struct Sums {
+  float* at;
+  Size row;
+};
+
+static Sums sums_for(float* x_new, const Shape& s, float*) { return {x_new, s.out}; }
+static Sums sums_for(BFloat16*, const Shape& s, float* memory) { return {memory, s.block}; }
+
+static void rounded(const float*, const Shape&, Size, float*) {}
+
+static void rounded(const float* sums, const Shape& s, Size positions, BFloat16* x_new) {
+  for (Size p = 0; p < positions; ++p) {
+    const float* from = sums + p * s.block;
+    BFloat16* to = x_new + p * s.out;
+    Size i = 0;
+    for (; i + LANES <= s.block; i += LANES) store(to + i, load(from + i));
+    for (; i < s.block; ++i) to[i] = BFloat16(from[i]);
+  }
+}
+
 // x′ of all images: a row of a mixed kernel is one product, of many positions at a time.
 template <class T>
 void convolve(const T* x, const T* a, const T* branches, T* x_new, const Shape s) {
@@ -275,40 +306,34 @@ void convolve(const T* x, const T* a, const T* branches, T* x_new, const Shape s
 #pragma omp parallel num_threads(s.threads)
   {
     lay_out(branches, s, bank.at);
-    Zeros<T> factors(MIXED * image);
-    Buffer<T> kernels(MIXED * part);
-    Buffer<float> sums(MIXED * of_image * s.block);
 #pragma omp for schedule(static)
-    for (Size first = 0; first < s.b; first += MIXED) {
+    for (Size thread = 0; thread < s.threads; ++thread) {
+      Zeros<T> factors(MIXED * image);
+      Buffer<T> kernels(MIXED * part);
+      Buffer<float> memory(MIXED * of_image * s.block);
       if (failed) continue;
-      const Size images = std::min(MIXED, s.b - first);
-      for (Size j = 0; j < images; ++j)
-        first_factor(x + (first + j) * of_image * s.c, s, factors.at + j * image);
-      for (Size block = 0; block < blocks; ++block) {
-        for (Size dy = 0; dy < s.k; ++dy) {
-          const T* banks = bank.at + (block * s.k + dy) * part;
-          const Size bank_row = blocks * s.k * part;
-          if (images == MIXED)
-            mix<MIXED>(a + first * s.a_row(), s.a_row(), banks, bank_row, s.L, kernels.at, part);
-          else
+      const Size end = s.first(thread + 1);
+      for (Size first = s.first(thread); first < end; first += MIXED) {
+        const Size images = std::min(MIXED, end - first);
+        for (Size j = 0; j < images; ++j)
+          first_factor(x + (first + j) * of_image * s.c, s, factors.at + j * image);
+        for (Size block = 0; block < blocks; ++block) {
+          T* to = x_new + first * of_image * s.out + block * s.block;
+          const Sums sums = sums_for(to, s, memory.at);
+          for (Size dy = 0; dy < s.k; ++dy) {
+            mix(images, a + first * s.a_row(), bank.at + (block * s.k + dy) * part, blocks * s.k * part, s,
+                kernels.at, part);
             for (Size j = 0; j < images; ++j)
-              mix<1>(a + (first + j) * s.a_row(), s.a_row(), banks, bank_row, s.L, kernels.at + j * part,
-                     part);
-          for (Size j = 0; j < images; ++j)
-            for (Size y = 0; y < s.height; y += rows)
-              multiply(rows * s.width, s.block, s.k * s.c, factors.at + j * image + (y + dy) * row, apart,
-                       kernels.at + j * part, sums.at + (j * of_image + y * s.width) * s.block, dy > 0);
-        }
-        for (Size p = 0; p < images * of_image; ++p) {
-          const float* from = sums.at + p * s.block;
-          T* to = x_new + (first * of_image + p) * s.out + block * s.block;
-          Size i = 0;
-          for (; i + LANES <= s.block; i += LANES) store(to + i, load(from + i));
-          for (; i < s.block; ++i) to[i] = T(from[i]);
+              for (Size y = 0; y < s.height; y += rows)
+                multiply(rows * s.width, s.block, s.k * s.c, factors.at + j * image + (y + dy) * row,
+                         apart, kernels.at + j * part, sums.at + (j * of_image + y * s.width) * sums.row,
+                         sums.row, dy > 0);
+          }
+          rounded(sums.at, s, images * of_image, to);
         }
       }
+      release<T>();
     }
-    release<T>();
   }
 }
 
@@ -333,11 +358,11 @@ void first_factor_across(const T* x, const Shape& s, const T* masks, T* to, Size
   const Size rim = s.k / 2;
   if (s.width >= WIDE) {
     for (Size y = 0; y < s.height; ++y)
-      transpose(x + y * s.width * s.c, s.c, s.width, s.c, to + (y + rim) * s.wide() + rim, row, s.width);
+      transpose(x + y * s.width * s.c, s.c, s.width, s.c, to + (y + rim) * s.wide() + rim, row);
     return;
   }
   T* middle = to + rim * copy;
-  transpose(x, s.c, s.height * s.width, s.c, middle + rim * s.width, row, s.height * s.width);
+  transpose(x, s.c, s.height * s.width, s.c, middle + rim * s.width, row);
   for (Size dx = 0; dx < s.k; ++dx)
     for (Size i = 0; dx != rim && i < copy; i += LANES) {
       Vector numbers, mask;
@@ -408,7 +433,7 @@ template <class T> void by_place(const T* kernels, const Shape& s, T* bank) {
   for (Size part = 0; part < s.L * places; ++part) {
     const Size l = part / places, place = part % places;
     transpose(kernels + (l * s.out * places + place) * s.c, places * s.c, s.out, s.c,
-              bank + part * s.c * s.out, s.out, s.out);
+              bank + part * s.c * s.out, s.out);
   }
 }
 
@@ -421,7 +446,7 @@ static void by_kernel(float* banks, const Shape& s, float* kernels) {
     float* sum = banks + part * of_place;
     for (Size thread = 1; thread < s.threads; ++thread)
       for (Size i = 0; i < of_place; ++i) sum[i] += sum[thread * s.L * places * of_place + i];
-    transpose(sum, s.out, s.c, s.out, kernels + (l * s.out * places + place) * s.c, places * s.c, s.c);
+    transpose(sum, s.out, s.c, s.out, kernels + (l * s.out * places + place) * s.c, places * s.c);
   }
 }
 
@@ -455,7 +480,7 @@ void gradients(const T* x, const T* grad, const float* a, const T* branches,
       if (failed) continue;
       const T* bank = banks.at;
       float* grad_bank = grad_banks.at + thread * s.L * row;
-      const Size start = s.b * thread / s.threads, end = s.b * (thread + 1) / s.threads;
+      const Size start = s.first(thread), end = s.first(thread + 1);
       for (Size first = start; first < end; first += at_once) {
         const Size laid_out = std::min(at_once, end - first);
         for (Size j = 0; j < laid_out; ++j) {
@@ -474,7 +499,7 @@ void gradients(const T* x, const T* grad, const float* a, const T* branches,
               const Size from = dy * columns + dx * (copies > 1 ? copy : 1) + block * image_row;
               for (Size j = 0; j < count; ++j)
                 multiply(s.block, s.out, positions, images.at + (some + j) * image + from, image_row,
-                         factors + (some + j) * positions * s.out, kernels.at + j * piece, false);
+                         factors + (some + j) * positions * s.out, kernels.at + j * piece, s.out, false);
               const Size at = (first + some) * s.L;
               const bool add = first + some > start;
               if (count == LED_BACK)
