@@ -61,11 +61,11 @@ RULES = {
         winograd=80,
         winograd_a_branch=20,
         shared=True,
-        compiled=24,
+        compiled=14,
         winograd_compiled=70,
     ),
     ("AVX512", "bfloat16"): Rule(
-        1.7, "patches", winograd=math.inf, winograd_a_branch=math.inf, product=30, compiled=27
+        1.7, "patches", winograd=math.inf, winograd_a_branch=math.inf, product=30, compiled=14
     ),
     ("AMX", "float32"): Rule(
         2, "grouped", winograd=80, winograd_a_branch=20, product=30, shared=True
@@ -257,7 +257,7 @@ class IntermediateBlock(nn.Module):
 
         A mixed kernel is one convolution instead of L, but has to be made for each image, however
         small its map: large maps, or many branches. Made and used in the cache, by a compiled
-        program, it costs as much as a convolution of two dozen positions; by PyTorch's operations,
+        program, it costs as much as a convolution of fourteen positions; by PyTorch's operations,
         as one of a hundred and more. By these, where products are quick, it is cheaper to copy the
         map's patches than to rearrange a kernel for each image; and where blocks widen, mixing pays
         from more branches on, since a is else multiplied with x. Winograd's tiles save more than
