@@ -1,6 +1,6 @@
 """What a block and a training step cost, measured side by side: `make bench`.
 
-    python -m helpers.bench                # everything: up to half an hour on two idle cores
+    python -m helpers.bench                # everything: three quarters of an hour on two idle cores
     python -m helpers.bench tried memory   # some of the tables only
     python -m helpers.bench --device cuda  # on a GPU, what is measured there: three minutes
 
@@ -50,6 +50,7 @@ MIXED = (
 )  # fmt: skip
 BRANCHES = (1, 2, 4, 8)
 ROUNDS = 5  # in which the candidates take turns
+ROUNDS_OF_STEPS = 21  # that of L branches, where hundredths are asked for
 REPEATS = {"cpu": 1, "cuda": 10}  # runs of each in a round
 LAST = "channels_last"
 
@@ -232,7 +233,7 @@ def bench_steps() -> pd.DataFrame:
         for step in candidates.values():  # those before the recording, and the first of it
             for _ in range(5 if recorded else 1):
                 step()
-        seconds = one_after_another(candidates)
+        seconds = one_after_another(candidates, ROUNDS_OF_STEPS)
         for form, L in cases:
             rows.append(
                 {"precision": numbers, "form": form, "L": L,

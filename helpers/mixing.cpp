@@ -23,8 +23,8 @@ using Size = int64_t;
 
 // What one call works on: b images of height×width positions, c channels in and `out` out, k×k
 // kernels of L branches; how many output (`convolve`) or input channels (`gradients`) at a time; and by
-// how many threads, each with images of its own. Kernels lie L×out×k×k×c; if they are `turned`, L×c×k×k×out, and are taken from their last place to
-// the first.
+// how many threads, each with images of its own. Kernels lie L×out×k×k×c; if they are `turned`,
+// L×c×k×k×out, and are taken from their last place to the first.
 struct Shape {
   Size b, height, width, c, out, k, L, block, threads, turned;
   Size wide() const { return width + k - 1; }  // of a row with its rim
@@ -100,8 +100,8 @@ static void store(BFloat16* to, Floats v) {  // rounded to the nearest, to even
 }
 
 // to (m×n, rows `to_row` apart) = or += from (m×inner, rows `from_row` apart) · factor (inner×n, in
-// bfloat16 with two and two rows interleaved). Rows of `from` may overlap: those of neighbouring positions do, and so no
-// patch has to be copied.
+// bfloat16 with two and two rows interleaved). Rows of `from` may overlap: those of neighbouring
+// positions do, and so no patch has to be copied.
 template <class T>
 void multiply(Size m, Size n, Size inner, const T* from, Size from_row, const T* factor, float* to,
               Size to_row, bool add) {
@@ -179,8 +179,8 @@ static void interleave(const float* from, Size from_row, Size rows, Size count, 
 }
 
 // The kernels as second factors: L×(out/block)×k×(k·c)×block, in bfloat16 with two and two channels c
-// interleaved, so that each row of a mixed kernel is one product. What is interleaved are words of 32
-// bits, the numbers of float32.
+// interleaved, so that each row of a mixed kernel is one product. Words of 32 bits are transposed:
+// numbers of float32, or two channels' in bfloat16, which are neighbours in the kernels too.
 template <class T> void lay_out(const T* kernels, const Shape& s, T* bank) {
   constexpr Size pair = Numbers<T>::pair;
   const Size blocks = s.out / s.block, places = s.k * s.k;
@@ -213,9 +213,9 @@ void mix(const T* a, Size a_row, const T* bank, Size bank_row, Size L, T* kernel
 }
 
 #ifdef __AVX512BF16__
-// The same with an instruction that multiplies and adds two branches' numbers. Four and four numbers
-// of each 8 are paired, of 32, and put back into their order in the end; if L is odd, the last ones
-// with zeros.
+// The same with an instruction that multiplies and adds the numbers of two branches (of the last one
+// and zeros, if L is odd). To pair 32 numbers with 32, the first four of every 8 go into one vector, the
+// others into another; in the end they are put back into their order.
 template <int images>
 void mix(const BFloat16* a, Size a_row, const BFloat16* bank, Size bank_row, Size L, BFloat16* kernels,
          Size n) {
@@ -244,7 +244,7 @@ void mix(const BFloat16* a, Size a_row, const BFloat16* bank, Size bank_row, Siz
 }
 #endif
 
-// For all images, of which there are MIXED but in the end.
+// For so many images: MIXED, but for a thread's last ones.
 template <class T>
 void mix(Size images, const T* a, const T* bank, Size bank_row, const Shape& s, T* kernels, Size n) {
   if (images == MIXED)

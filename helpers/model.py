@@ -589,23 +589,23 @@ class _PatchProducts(torch.autograd.Function):
 
 class _CompiledConvolution(torch.autograd.Function):
     """(Σ aₗ·Wₗ)∗x of stride 1 by the program of `helpers/mixing.py`, which forgets each mixed
-    kernel while it is in the cache. Back to x it is the same with kernels turned by 180°.
+    kernel while it is in the cache. Back to x it is the same with kernels turned by 180°. Of the
+    kernels no copy is kept, and their gradients have all digits of float32.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, *weights: Tensor) -> Tensor:
-        kernels = stacked_kernels(weights, x.dtype)
-        ctx.save_for_backward(x, a, kernels)
-        ctx.rims = rims_of(weights)
-        return mixing.convolved(x, a, kernels)
+        ctx.save_for_backward(x, a, *weights)
+        return mixing.convolved(x, a, stacked_kernels(weights, x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, kernels = ctx.saved_tensors
+        x, a, *weights = ctx.saved_tensors
+        kernels = stacked_kernels(weights, x.dtype)
         grad_x = mixing.led_back(grad, a, kernels) if ctx.needs_input_grad[0] else None
         grad_a, grad_kernels = mixing.gradients(x, grad, a, kernels)
-        inner = [slice(rim, kernels.shape[-1] - rim) for rim in ctx.rims]
+        inner = [slice(rim, kernels.shape[-1] - rim) for rim in rims_of(weights)]
         grads = [whole[..., part, part] for whole, part in zip(grad_kernels, inner, strict=True)]
         return grad_x, grad_a.to(a.dtype), *grads
 

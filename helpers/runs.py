@@ -1288,7 +1288,7 @@ def _block_ratios(folder: Path, precision: str) -> list[str]:
     mine = (blocks["L"] == 4) & (blocks["form"] == "auto") & (blocks["precision"] == precision)
     sizes = blocks["map"][mine], blocks["ratio"][mine]
     parts = [sizes[1][sizes[0] >= 16], sizes[1][sizes[0] == 8]]
-    return [f"{ratios.min():.1f} to {ratios.max():.1f}" for ratios in parts]
+    return [" to ".join(dict.fromkeys(f"{r:.1f}" for r in (p.min(), p.max()))) for p in parts]
 
 
 def benchmark_folders(device: str = "cpu") -> list[Path]:

@@ -147,6 +147,20 @@ def test_many_channels_and_several_rounds_of_images_make_no_difference(case, dty
 
 
 @here
+@pytest.mark.skipif(not mixing.fits(torch.bfloat16), reason="no bfloat16 numbers here")
+def test_gradients_of_kernels_are_not_rounded_and_lie_as_the_kernels_do():
+    """Under autocast too, so that the optimiser has all their digits."""
+    _, block = pair_of_blocks(16, 24, 2, (3, 1))
+    block = block.to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        block(torch.randn(9, 16, 4, 4)).float().square().sum().backward()
+    for branch in block.branches:
+        grad = branch.weight.grad
+        assert grad.dtype == torch.float32 and grad.stride() == branch.weight.stride()
+        assert not torch.equal(grad, grad.bfloat16().float())
+
+
+@here
 def test_only_the_gradients_that_are_needed_are_computed(monkeypatch):
     """The first block of a network needs none of its x, which is a convolution less."""
     calls, led_back = [], mixing.led_back

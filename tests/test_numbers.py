@@ -163,7 +163,7 @@ def test_what_several_branches_cost_is_that_of_the_record() -> None:
     assert (step + "written, {:.1f} and {:.1f} times").format(*ratios) in readme
     assert "yes: {:.2f} in float32 and {:.2f} in bfloat16".format(*ratios[:2]) in readme
     saved = 1 - eight["auto"] / eight["branches"]
-    assert (round(5 * saved[whole]), round(4 * saved[half])) == (4, 3), "fifths, quarters"
+    assert (5 * saved).round().eq(4).all() and "four fifths of the time are saved" in said
     single = time.xs(1, level="L")
     slower = (single["auto"] / single["branches"]).map("{:.2f}".format)
     assert f"({slower[whole]} times in float32, {slower[half]} in bfloat16)" in said
@@ -177,11 +177,11 @@ def test_what_several_branches_cost_is_that_of_the_record() -> None:
             (more - second) / 2,
         )
     ]
-    assert hundredths == [[5, 6], [9, 9], [16, 11], [6, 7]]
-    assert "five hundredths of it in float32 and six in bfloat16; from one to four nine" in said
-    assert "sixteen and eleven for the second branch" in said and "six and seven for each" in said
-    assert "five hundredths in float32 and six in bfloat16; from one to four nine in both" in readme
-    assert "the second branch alone sixteen and eleven" in readme
+    assert hundredths == [[4, 4], [7, 6], [15, 11], [4, 4]]
+    assert "four hundredths of it in either; from one to four seven in float32 and six in" in said
+    assert "fifteen and eleven for the second branch" in said and "and four for each after" in said
+    assert "four hundredths in either; from one to four seven in float32 and six in" in readme
+    assert "the second branch alone fifteen and eleven" in readme
     as_built = (more / (single["auto"] / one) - 1) / 3
     each = f"{100 * as_built[whole]:.1f} and {100 * as_built[half]:.1f}"
     assert f"over that as built it is {each} hundredths in the mean" in said
@@ -204,15 +204,18 @@ def test_what_several_branches_cost_is_that_of_the_record() -> None:
         (numbers, which): built.query(f"precision == '{numbers}' and map {which}")["ratio"]
         for numbers in (whole, half) for which in (">= 16", "== 8")
     }  # fmt: skip
-    between = [f"{ratios.min():.1f} to {ratios.max():.1f}" for ratios in on.values()]
-    words = f"{between[0]} in float32 and {between[2]} in bfloat16 (one of eight shapes is at 1.53)"
+    between = [
+        " to ".join(dict.fromkeys(f"{ratio:.1f}" for ratio in (ratios.min(), ratios.max())))
+        for ratios in on.values()
+    ]
+    words = f"{between[0]} in float32 and {between[2]} in bfloat16"
     assert f"{words}, on 8×8 {between[1]} and {between[3]}" in readme
-    highest = on[half, ">= 16"].sort_values()
-    assert round(highest.iloc[-1], 2) == 1.53 and highest.iloc[-2] <= 1.5 and len(highest) == 8
+    assert large.max() <= 1.5 and small.max() <= 2.5 and "all of these aims are reached" in said
     tiny = built.query("map == 4").groupby("precision")["ratio"].agg(["min", "max"])
     words = "still take {:.1f} to {:.1f} times as long as one plain convolution in float32, and "
-    words += "{:.1f} to {:.1f} times in bfloat16"
-    assert words.format(*tiny.loc[whole], *tiny.loc[half]) in said
+    words += "{:.1f} times in bfloat16"
+    assert words.format(*tiny.loc[whole], tiny.loc[half, "max"]) in said
+    assert round(tiny.loc[half, "min"], 1) == round(tiny.loc[half, "max"], 1)
     assert f"(on 4×4, {tiny['min'].min():.1f} to {tiny['max'].max():.1f} times" in readme
     swept = runs.benchmark("blocks").query("form == 'auto' and precision == 'float32' and map >= 8")
     swept = swept[~swept["kernels"].str.contains("1")].groupby(["in", "out", "map", "L"])["ratio"]
@@ -221,31 +224,30 @@ def test_what_several_branches_cost_is_that_of_the_record() -> None:
 
 
 def test_memory_grows_with_the_branches_as_is_said() -> None:
-    """From two on by no more than the parameters, as README and notebook 02 say."""
+    """From two on as the parameters do, to a tenth, as README and notebook 02 say."""
     table = runs.benchmark("memory").pivot(index="L", columns=["precision", "form"], values="MiB")
     learned = {
         L: sum(p.numel() for p in runs.Settings(branches=L, kernel_size=3).network().parameters())
         for L in table.index
     }
-    more, copied = (round(size * (learned[8] - learned[2]) / 2**20) for size in (12, 2))
+    more = round(12 * (learned[8] - learned[2]) / 2**20)
     half, whole = (table[numbers, "auto"] for numbers in ("bfloat16", "float32"))
     as_written = table.xs("branches", axis=1, level="form")
     assert (as_written.loc[8] - as_written.loc[2] > 500).all(), "a map of every branch"
     grown = [round(part[8] - part[2]) for part in (half, whole)]
     second = [round(part[2] - part[1]) for part in (half, whole)]
-    assert grown[0] <= more + copied and grown[1] <= more, "no more than the parameters"
-    said = "with it yes: from two branches to eight {} MiB in bfloat16 (the parameters with "
-    said += (
-        "gradients and momenta are {}, a copy of them {}) and {} MiB in float32; the second branch "
+    assert max(grown) <= 1.1 * more, "as the parameters do, to a tenth"
+    said = (
+        "from two branches to eight {} MiB in bfloat16 and {} MiB in float32 (the parameters with "
     )
-    said += "brings {} and {} MiB"
-    assert said.format(grown[0], more, copied, grown[1], *second) in readmes()
+    said += "gradients and momenta are {}); the second branch brings {} and {} MiB"
+    assert said.format(*grown, more, *second) in readmes()
     said = "The second branch brings {} MiB in bfloat16 and {} MiB in float32, its parameters and "
-    said += "the room for what is made again. "
-    said += "From two branches to eight, memory grows by {} MiB in bfloat16, where the parameters "
-    said += "are {} MiB more and their copies in bfloat16 another {}, and by {} MiB in float32"
-    stated = said.format(*second, grown[0], more, copied, grown[1])
-    assert stated in prose(ROOT / NOTEBOOKS[1])
+    said += (
+        "the room for what is made again. From two branches to eight, memory grows by {} MiB in "
+    )
+    said += "bfloat16 and {} MiB in float32, where the parameters are {} MiB more"
+    assert said.format(*second, *grown, more) in prose(ROOT / NOTEBOOKS[1])
 
 
 def test_the_pdf_says_what_was_new_in_every_training() -> None:
@@ -274,11 +276,11 @@ def test_the_readmes_ratios_are_those_of_the_records() -> None:
         "take an eighth less time": [(8 * small_first, 7)],
     }
     here = plain_convolutions("AVX512", "float32")
-    assert round((plain_convolutions("AVX2", "float32") / here).median(), 1) == 1.8
+    assert round((plain_convolutions("AVX2", "float32") / here).median(), 1) == 1.7
     half = plain_convolutions("AVX512", "bfloat16") / here
     assert half.median() == pytest.approx(0.54, abs=0.03)
     assert runs.latest_benchmark().name == "AVX512", "here is where was measured last"
-    assert "takes nearly twice as long as on the EPYC above" in prose(ROOT / NOTEBOOKS[1])
+    assert "takes 1.7 times as long as on the EPYC above" in prose(ROOT / NOTEBOOKS[1])
     assert "takes little more than half the time here" in prose(ROOT / NOTEBOOKS[1])
     text = readmes()
     tried = runs.benchmark("tried").set_index("tried")["ratio"]
@@ -287,7 +289,8 @@ def test_the_readmes_ratios_are_those_of_the_records() -> None:
         runs.benchmark("full", runs.BENCHMARKS / name).query("form == 'auto'")
         .set_index("size")["ratio"] for name in ("AVX512", "AMX")
     )  # fmt: skip
-    assert (full - 1).abs().max() < 0.1, "within a tenth as long as written"
+    assert (full.drop(16) - 1).abs().max() < 0.1, "about as long as written"
+    stated["but for an eighth less on images of 16×16"] = [(8 * (1 - full[16]), 1)]
     stated["takes a tenth less time on whole images, and two fifths less on images of 16×16"] = [
         (10 * (1 - there[32]), 1), (5 * (1 - there[16]), 2),
     ]  # fmt: skip

@@ -487,6 +487,15 @@ def test_orthogonal_steps_have_singular_values_near_one() -> None:
         assert values.min() > 0.5 and values.max() < 1.35
 
 
+@pytest.mark.parametrize("shape", [(2, 32, 288), (3, 64, 64), (1, 96, 32)])
+def test_steps_in_bfloat16_are_the_same_to_a_few_hundredths(shape: tuple[int, ...]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    exact = training.orthogonal(matrices)
+    rounded = training.orthogonal(matrices, torch.bfloat16)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.05
+
+
 def by_singular_values(matrix: torch.Tensor) -> torch.Tensor:
     """What three Newton–Schulz iterations do: a polynomial of the singular values, three times."""
     u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
