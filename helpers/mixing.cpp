@@ -23,8 +23,8 @@ using Size = int64_t;
 
 // What one call works on: b images of height×width positions, c channels in and `out` out, k×k
 // kernels of L branches; how many output (`convolve`) or input channels (`gradients`) at a time; and by
-// how many threads, each with images of its own. Kernels lie L×out×k×k×c; if they are `turned`,
-// L×c×k×k×out, and are taken from their last place to the first.
+// how many threads, each with an image of its own, or several. Kernels lie L×out×k×k×c; if they are
+// `turned`, L×c×k×k×out, and are taken from their last place to the first.
 struct Shape {
   Size b, height, width, c, out, k, L, block, threads, turned;
   Size wide() const { return width + k - 1; }  // of a row with its rim
@@ -35,7 +35,7 @@ struct Shape {
 // Images whose kernels are mixed together, and whose kernels' gradients are led back together: each
 // number of the bank is then read once for all of them.
 constexpr Size MIXED = 4, LED_BACK = 8;
-// Numbers that a thread lays out for products at a time, unless LED_BACK images are more.
+// Numbers that a thread of `gradients` lays out for products at a time, unless LED_BACK images are more.
 constexpr Size LAID_OUT = 1 << 20;
 constexpr Size WIDE = 32;  // positions in a row of a map, from which on rims cost less than copies
 constexpr Size LANES = 16;  // channels are multiples of 8, so that parts of kernels are multiples of it
@@ -89,7 +89,9 @@ static Floats load(const BFloat16* from) {
 
 static void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 
-static void store(BFloat16* to, Floats v) {  // rounded to the nearest, to even
+// Rounded to the nearest, to even. (Without the instruction for it no bfloat16 numbers come here, as
+// `mixing.fits` has it.)
+static void store(BFloat16* to, Floats v) {
 #ifdef __AVX512BF16__
   const auto h = _mm512_cvtneps_pbh((__m512)v);
 #else
@@ -348,10 +350,10 @@ template <class T> void neighbours(const Shape& s, Size length, T* masks) {
     }
 }
 
-// An image transposed, c×positions, so that the rows of all positions that meet a place of the kernel
-// begin at an offset; zeros are there already. A wide map has rims at all sides, where gradients are
-// zeros, which is multiplied in vain. A narrow one lies k times instead, once for each column of the
-// kernel, moved so that it meets them without rims at the left and the right.
+// An image transposed, c×positions, so that all positions that a place of the kernel meets begin at an
+// offset; zeros are there already. A wide map has rims at all sides, and what lies across the end of a
+// row is multiplied in vain with the zeros that end each row of gradients. A narrow one has none at the
+// left and the right, and lies k times instead, moved once for each column of the kernel.
 template <class T>
 void first_factor_across(const T* x, const Shape& s, const T* masks, T* to, Size row, Size copy) {
   using Vector = typename Numbers<T>::Vector;
@@ -363,14 +365,16 @@ void first_factor_across(const T* x, const Shape& s, const T* masks, T* to, Size
   }
   T* middle = to + rim * copy;
   transpose(x, s.c, s.height * s.width, s.c, middle + rim * s.width, row);
-  for (Size dx = 0; dx < s.k; ++dx)
-    for (Size i = 0; dx != rim && i < copy; i += LANES) {
+  for (Size dx = 0; dx < s.k; ++dx) {
+    if (dx == rim) continue;
+    for (Size i = 0; i < copy; i += LANES) {
       Vector numbers, mask;
       std::memcpy(&numbers, middle + i + dx - rim, sizeof numbers);
       std::memcpy(&mask, masks + dx * row + i % row, sizeof mask);
       numbers &= mask;
       std::memcpy(static_cast<void*>(to + dx * copy + i), &numbers, sizeof numbers);
     }
+  }
 }
 
 // An image of gradients as the second factor of a product: a row for each position, `columns` of
@@ -451,7 +455,7 @@ static void by_kernel(float* banks, const Shape& s, float* kernels) {
 }
 
 // The gradients of a, b×L, added to zeros, and of the kernels, which lie as these do. A thread has
-// images of its own, and what it makes of them, in parts that stay in the cache, no other one reads.
+// images of its own, and what it makes of them no other one reads but the sums, in the end.
 template <class T>
 void gradients(const T* x, const T* grad, const float* a, const T* branches,
                float* grad_kernels, float* grad_a, const Shape s) {

@@ -41,7 +41,7 @@ class Rule(NamedTuple):
     product: float = math.inf
     widening: float = 1  # factor on `mixing` where out ≥ 2·in
     shared: bool = False  # whether `winograd` is divided by the number of 3×3 branches
-    # How many positions of a convolution cost as much as to mix a kernel in form `compiled`; and
+    # From how many positions on that a convolution is spared form `compiled` pays; and
     # what `winograd_a_branch` is against it.
     compiled: float = math.inf
     winograd_compiled: float = math.inf
@@ -165,7 +165,7 @@ class IntermediateBlock(nn.Module):
             (`helpers/mixing.py`, which says what it takes); and `"winograd"` (3×3 and 1×1 kernels,
             stride 1), the sum inside Winograd's short convolution of tiles.
             `"auto"` takes on a CPU by measured rules a cheap one for the shapes at hand, and on a
-            GPU `"fused"`.
+            GPU `"fused"` or `"scaled"`.
             Only in `"branches"` are the branches called as modules (with their hooks), and can
             gradients of gradients be had; it is all there is on devices other than these two.
 
@@ -257,18 +257,19 @@ class IntermediateBlock(nn.Module):
 
         A mixed kernel is one convolution instead of L, but has to be made for each image, however
         small its map: large maps, or many branches. Made and used in the cache, by a compiled
-        program, it costs as much as a convolution of fourteen positions; by PyTorch's operations,
-        as one of a hundred and more. By these, where products are quick, it is cheaper to copy the
-        map's patches than to rearrange a kernel for each image; and where blocks widen, mixing pays
-        from more branches on, since a is else multiplied with x. Winograd's tiles save more than
-        half of the multiplications of 3×3 kernels (in·out), at a price for each channel (in + out),
-        part of which all branches share: many channels, or several branches, but few against mixed
-        kernels, whose price hardly grows with L; and more than one if the map is not cut into whole
-        tiles. Small maps of many channels go through products, where a CPU's own convolution is
-        slow for them. From where on is in `RULES`, for CPUs. The rest is evaluated as written but
-        for where a is multiplied: with x where that is fewer numbers than the result, else in one
-        pass with what the branches give. So is everything on a GPU, where mixing kernels pays only
-        with about eight branches. On devices other than these two all is evaluated as written.
+        program, it pays from where what is saved is a convolution of fourteen positions; by
+        PyTorch's operations, of a hundred and more. By these, where products are quick, it is
+        cheaper to copy the map's patches than to rearrange a kernel for each image; and where
+        blocks widen, mixing pays from more branches on, since a is else multiplied with x.
+        Winograd's tiles save more than half of the multiplications of 3×3 kernels (in·out), at a
+        price for each channel (in + out), part of which all branches share: many channels, or
+        several branches, but few against mixed kernels, whose price hardly grows with L; and more
+        than one if the map is not cut into whole tiles. Small maps of many channels go through
+        products, where a CPU's own convolution is slow for them. From where on is in `RULES`, for
+        CPUs. The rest is evaluated as written but for where a is multiplied: with x where that is
+        fewer numbers than the result, else in one pass with what the branches give. So is
+        everything on a GPU, where mixing kernels pays only with about eight branches. On devices
+        other than these two all is evaluated as written.
         """
         everyone, device = list(range(len(self.branches))), x.device.type
         if device not in ("cpu", "cuda"):

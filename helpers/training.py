@@ -114,7 +114,7 @@ def orthogonal(
 
     The coefficients are Muon's: they do not converge to 1 exactly, but get near it quickly. Every
     iteration multiplies x by a polynomial of x·xᵀ. These polynomials, r×r, are multiplied first and
-    x once, in the end; kernels have several times more columns than rows.
+    x once, in the end: half the work for kernels of 3×3, which have many more columns than rows.
     """
     x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(precision)
     tall = x.shape[1] > x.shape[2]
@@ -122,7 +122,7 @@ def orthogonal(
         x = x.mT
     gram, factors = x @ x.mT, []
     for _ in range(iterations):
-        if factors:  # x·xᵀ of the x of now; all these matrices are symmetric
+        if factors:  # x·xᵀ of the x of now; all these matrices are symmetric, and commute
             gram = factors[-1] @ gram @ factors[-1]
         factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         factor.diagonal(dim1=1, dim2=2).add_(3.4445)

@@ -121,6 +121,14 @@ def test_what_is_computed_does_not_depend_on_chance():
 
 
 @here
+def test_of_no_images_nothing_is_learnt():
+    _, block = pair_of_blocks(16, 24, 3, 3)
+    assert block(torch.empty(0, 16, 4, 4, requires_grad=True)).shape == (0, 24, 4, 4)
+    block(torch.empty(0, 16, 4, 4, requires_grad=True)).sum().backward()
+    assert all(not branch.weight.grad.any() for branch in block.branches)
+
+
+@here
 def test_an_image_is_the_same_alone_and_in_a_batch():
     torch.manual_seed(0)
     x, a, kernels = torch.randn(7, 16, 6, 6), torch.rand(7, 3), torch.randn(3, 24, 16, 3, 3)

@@ -197,6 +197,7 @@ def test_what_several_branches_cost_is_that_of_the_record() -> None:
     assert words.format(*ends.loc[(half, "auto")], *ends.loc[(half, "branches")]) in said
     built = blocks[blocks["form"] == "auto"]
     large, small = (built.query(f"map {which}")["ratio"] for which in (">= 16", "== 8"))
+    assert f"(32 → 32 on 16×16 in bfloat16, {large.max():.2f} times)" in said
     words = f"{large.min():.1f} to {large.max():.1f} times as long as one plain convolution on "
     words += f"maps of 16×16 and more, and {small.min():.1f} to {small.max():.1f} times on 8×8"
     assert words in readme
@@ -210,13 +211,17 @@ def test_what_several_branches_cost_is_that_of_the_record() -> None:
     ]
     words = f"{between[0]} in float32 and {between[2]} in bfloat16"
     assert f"{words}, on 8×8 {between[1]} and {between[3]}" in readme
-    assert large.max() <= 1.5 and small.max() <= 2.5 and "all of these aims are reached" in said
+    assert (
+        large.max() <= 1.5
+        and small.max() <= 2.5
+        and "the aims are reached, but for the second" in said
+    )
     tiny = built.query("map == 4").groupby("precision")["ratio"].agg(["min", "max"])
     words = "still take {:.1f} to {:.1f} times as long as one plain convolution in float32, and "
     words += "{:.1f} times in bfloat16"
     assert words.format(*tiny.loc[whole], tiny.loc[half, "max"]) in said
     assert round(tiny.loc[half, "min"], 1) == round(tiny.loc[half, "max"], 1)
-    assert f"(on 4×4, {tiny['min'].min():.1f} to {tiny['max'].max():.1f} times" in readme
+    assert f"; on 4×4, {tiny['min'].min():.1f} to {tiny['max'].max():.1f} times (" in readme
     swept = runs.benchmark("blocks").query("form == 'auto' and precision == 'float32' and map >= 8")
     swept = swept[~swept["kernels"].str.contains("1")].groupby(["in", "out", "map", "L"])["ratio"]
     swept = swept.first().unstack().dropna()
@@ -242,11 +247,11 @@ def test_memory_grows_with_the_branches_as_is_said() -> None:
     )
     said += "gradients and momenta are {}); the second branch brings {} and {} MiB"
     assert said.format(*grown, more, *second) in readmes()
-    said = "The second branch brings {} MiB in bfloat16 and {} MiB in float32, its parameters and "
-    said += (
-        "the room for what is made again. From two branches to eight, memory grows by {} MiB in "
+    said = (
+        "The second branch, with which another form takes over, brings {} MiB in bfloat16 and {} "
     )
-    said += "bfloat16 and {} MiB in float32, where the parameters are {} MiB more"
+    said += "MiB in float32. From two branches to eight, memory grows by {} MiB in bfloat16 and {} "
+    said += "MiB in float32, where the parameters are {} MiB more"
     assert said.format(*second, *grown, more) in prose(ROOT / NOTEBOOKS[1])
 
 
@@ -284,7 +289,9 @@ def test_the_readmes_ratios_are_those_of_the_records() -> None:
     assert "takes little more than half the time here" in prose(ROOT / NOTEBOOKS[1])
     text = readmes()
     tried = runs.benchmark("tried").set_index("tried")["ratio"]
-    assert tried["blocks as written"] == pytest.approx(1, abs=0.15), "about as long as written"
+    stated["takes a tenth less time than as written"] = [
+        (10 * (1 - 1 / tried["blocks as written"]), 1)
+    ]
     full, there = (
         runs.benchmark("full", runs.BENCHMARKS / name).query("form == 'auto'")
         .set_index("size")["ratio"] for name in ("AVX512", "AMX")
