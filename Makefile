@@ -29,7 +29,7 @@ handin: $(READY)  ## the zip to be handed in: the PDF and one notebook that need
 lab: $(READY)  ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab --ServerApp.root_dir=. notebooks/01_data_exploration.ipynb
 
-bench: $(READY)  ## measure blocks and steps on an idle machine: three quarters of an hour
+bench: $(READY)  ## measure blocks and steps on an idle machine: fifty minutes
 	@$(BIN)/python -m helpers.bench
 
 study: $(READY)  ## does a matter? the runs that are missing, on held-out images: ONLY=ladder for some

@@ -1,14 +1,14 @@
 """What a block and a training step cost, measured side by side: `make bench`.
 
-    python -m helpers.bench                # everything: three quarters of an hour on two idle cores
+    python -m helpers.bench                # everything: fifty minutes on two idle cores
     python -m helpers.bench tried memory   # some of the tables only
     python -m helpers.bench --device cuda  # on a GPU, what is measured there: three minutes
 
 It writes into `notebooks/benchmarks/<instructions of the CPU, or GPU>/`: `blocks.csv`, `steps.csv`,
-`full.csv`, `tried.csv` and `memory.csv` (a row a candidate), `profile.csv` (where the time of a
-step goes; on a GPU also `profile_full.csv`) and `machine.json`, which says when each table was
-measured. Notebooks 02 and 03 show those of the CPU whose tables are the newest, and 02 those of the
-GPU.
+`full.csv`, `tried.csv` and `memory.csv` (a row a candidate), `compiled.csv` (a row a block about
+where the compiled program begins to pay), `profile.csv` (where the time of a step goes; on a GPU
+also `profile_full.csv`) and `machine.json`, which says when each table was measured. Notebooks 02
+and 03 show those of the CPU whose tables are the newest, and 02 those of the GPU.
 """
 
 from __future__ import annotations
@@ -48,9 +48,16 @@ MIXED = (
     (32, 128, 16), (128, 128, 8), (96, 384, 16), (384, 384, 8), (384, 384, 6), (384, 384, 4),
     (384, 384, 2),
 )  # fmt: skip
+# Kernels and maps about where the compiled program begins to pay, and channels.
+NEARLY_EVEN = (
+    ((3, 1, 1), 6), ((3, 1), 10), ((5, 3), 6), ((3, 1, 1), 8), ((3, 1), 12), ((3, 3), 4),
+    ((3,) * 5, 2), ((5, 3), 8),
+)  # fmt: skip
+CHANNELS = (64, 64), (32, 128), (128, 128), (384, 384)
 BRANCHES = (1, 2, 4, 8)
 ROUNDS = 5  # in which the candidates take turns
 ROUNDS_OF_STEPS = 21  # that of L branches, where hundredths are asked for
+ROUNDS_NEARLY_EVEN = 9
 REPEATS = {"cpu": 1, "cuda": 10}  # runs of each in a round
 LAST = "channels_last"
 
@@ -177,6 +184,42 @@ def bench_blocks() -> pd.DataFrame:
         ratios = ", ".join(f"{form} {seconds[form] / one:.2f}" for form in forms)
         print(f"{numbers}, {c}→{out} at {size}×{size}, kernels {kernels}: {ratios}", flush=True)
     return pd.DataFrame(rows)
+
+
+def bench_compiled() -> pd.DataFrame:
+    """Forward and backward of a block by the compiled program over what `auto` takes without it, in
+    each precision that the device is made for: what `RULES` say of when it pays.
+
+    `saved` is how many positions the convolution would have whose multiplications are saved by
+    mixing; `auto` are the forms that it takes.
+    """
+    rows, cases = [], list(itertools.product(NEARLY_EVEN, CHANNELS))
+    for numbers, ((sizes, size), (c, out)) in itertools.product(precisions(), cases):
+        precision = getattr(torch, numbers)
+        usual, without = (IntermediateBlock(c, out, len(sizes), sizes, bias=False) for _ in "12")
+        without.compiles = lambda: False
+        forms = [forms_taken(layer, c, size, precision) for layer in (usual, without)]
+        candidates = {
+            "compiled": block(c, out, size, sizes, "compiled", precision),
+            "other": there_and_back(without, c, size, LAST, precision),
+        }
+        seconds = one_after_another(candidates, ROUNDS_NEARLY_EVEN)
+        rows.append(
+            {"precision": numbers, "in": c, "out": out, "map": size,
+             "kernels": "+".join(map(str, sizes)),
+             "saved": (sum(k * k for k in sizes) / max(sizes) ** 2 - 1) * size**2,
+             "auto": forms[0], "other": forms[1], "milliseconds": 1e3 * seconds["compiled"],
+             "ratio": seconds["compiled"] / seconds["other"]}
+        )  # fmt: skip
+        case = "{precision}, {in}→{out} at {map}×{map}, kernels {kernels}, {saved:.1f} saved"
+        print(f"{case}: {{ratio:.2f}} of {{other}}".format(**rows[-1]), flush=True)
+    return pd.DataFrame(rows)
+
+
+def forms_taken(layer: IntermediateBlock, c: int, size: int, precision: torch.dtype) -> str:
+    """The forms that a block takes for maps of that shape, a + between them."""
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+        return "+".join(form for form, _ in layer.parts(torch.empty(1, c, size, size)))
 
 
 def step_of(
@@ -419,11 +462,13 @@ def bench_memory() -> pd.DataFrame:
 
 
 MEASUREMENTS: dict[str, Callable[[], pd.DataFrame]] = {
-    "blocks": bench_blocks, "steps": bench_steps, "full": bench_full, "profile": bench_profile,
-    "profile_full": bench_profile_full, "tried": bench_tried, "memory": bench_memory,
+    "blocks": bench_blocks, "compiled": bench_compiled, "steps": bench_steps, "full": bench_full,
+    "profile": bench_profile, "profile_full": bench_profile_full, "tried": bench_tried,
+    "memory": bench_memory,
 }  # fmt: skip
 STATUS = Path("/proc/self/status")  # where Linux says how much memory a process has had
-ONLY = {"tried": "cpu", "full": "cpu", "profile_full": "cuda"}  # what is not measured elsewhere
+# What is not measured elsewhere.
+ONLY = {"compiled": "cpu", "tried": "cpu", "full": "cpu", "profile_full": "cuda"}
 
 
 def another_machine(folder: Path, machine: dict[str, Any]) -> str:
@@ -472,6 +517,8 @@ def measure(arguments: list[str] | None) -> None:
     known = [t for t in MEASUREMENTS if ONLY.get(t, given.device) == given.device]
     if given.device == "cpu" and not STATUS.is_file():
         known.remove("memory")
+    if given.device == "cpu" and mixing.missing():
+        known.remove("compiled")
     tables = given.tables or known
     if unknown := set(tables) - set(known):
         parser.error(f"{', '.join(unknown)} not measured here; what is: {', '.join(known)}")

@@ -23,8 +23,8 @@ using Size = int64_t;
 
 // What one call works on: b images of height×width positions, c channels in and `out` out, k×k
 // kernels of L branches; how many output (`convolve`) or input channels (`gradients`) at a time; and by
-// how many threads, each with an image of its own, or several. Kernels lie L×out×k×k×c; if they are
-// `turned`, L×c×k×k×out, and are taken from their last place to the first.
+// how many threads, each with an image of its own, or several. A branch's kernels lie out×k×k×c; if they
+// are `turned`, c×k×k×out, and are taken from their last place to the first.
 struct Shape {
   Size b, height, width, c, out, k, L, block, threads, turned;
   Size wide() const { return width + k - 1; }  // of a row with its rim
@@ -183,7 +183,7 @@ static void interleave(const float* from, Size from_row, Size rows, Size count, 
 // The kernels as second factors: L×(out/block)×k×(k·c)×block, in bfloat16 with two and two channels c
 // interleaved, so that each row of a mixed kernel is one product. Words of 32 bits are transposed:
 // numbers of float32, or two channels' in bfloat16, which are neighbours in the kernels too.
-template <class T> void lay_out(const T* kernels, const Shape& s, T* bank) {
+template <class T> void lay_out(const T* const* kernels, const Shape& s, T* bank) {
   constexpr Size pair = Numbers<T>::pair;
   const Size blocks = s.out / s.block, places = s.k * s.k;
 #pragma omp for schedule(static)
@@ -191,10 +191,10 @@ template <class T> void lay_out(const T* kernels, const Shape& s, T* bank) {
     const Size place = part % places, block = part / places % blocks, l = part / places / blocks;
     T* to = bank + part * s.c * s.block;
     if (s.turned) {
-      const T* from = kernels + (l * s.c * places + places - 1 - place) * s.out + block * s.block;
+      const T* from = kernels[l] + (places - 1 - place) * s.out + block * s.block;
       interleave(from, places * s.out, s.c, s.block, to);
     } else {
-      const T* from = kernels + ((l * s.out + block * s.block) * places + place) * s.c;
+      const T* from = kernels[l] + (block * s.block * places + place) * s.c;
       transpose(reinterpret_cast<const float*>(from), places * s.c / pair, s.block, s.c / pair,
                 reinterpret_cast<float*>(to), s.block);
     }
@@ -298,7 +298,7 @@ static void rounded(const float* sums, const Shape& s, Size positions, BFloat16*
 
 // x′ of all images: a row of a mixed kernel is one product, of many positions at a time.
 template <class T>
-void convolve(const T* x, const T* a, const T* branches, T* x_new, const Shape s) {
+void convolve(const T* x, const T* a, const T* const* branches, T* x_new, const Shape s) {
   const Size part = s.k * s.c * s.block, blocks = s.out / s.block, of_image = s.height * s.width;
   const bool wide = s.width >= WIDE;
   const Size apart = wide ? s.c : s.k * s.c, row = (wide ? s.wide() : s.width) * apart;
@@ -430,14 +430,13 @@ void lead_back(const float* grads, Size n, const float* a, const T* bank, float*
     lead_back<images, 1>(grads, n, a + l, bank + l * row, grad_bank + l * row, row, L, grad_a + l, add);
 }
 
-// L×(k·k)×c×out from kernels, L×out×(k·k)×c: a place's numbers lie together.
-template <class T> void by_place(const T* kernels, const Shape& s, T* bank) {
+// L×(k·k)×c×out from L kernels, out×(k·k)×c: a place's numbers lie together.
+template <class T> void by_place(const T* const* kernels, const Shape& s, T* bank) {
   const Size places = s.k * s.k;
 #pragma omp for schedule(static)
   for (Size part = 0; part < s.L * places; ++part) {
     const Size l = part / places, place = part % places;
-    transpose(kernels + (l * s.out * places + place) * s.c, places * s.c, s.out, s.c,
-              bank + part * s.c * s.out, s.out);
+    transpose(kernels[l] + place * s.c, places * s.c, s.out, s.c, bank + part * s.c * s.out, s.out);
   }
 }
 
@@ -454,11 +453,11 @@ static void by_kernel(float* banks, const Shape& s, float* kernels) {
   }
 }
 
-// The gradients of a, b×L, added to zeros, and of the kernels, which lie as these do. A thread has
-// images of its own, and what it makes of them no other one reads but the sums, in the end.
+// The gradients of a, b×L, added to zeros, and of the kernels, as a bank for each thread. A thread has
+// images of its own, and what it makes of them no other one reads.
 template <class T>
-void gradients(const T* x, const T* grad, const float* a, const T* branches,
-               float* grad_kernels, float* grad_a, const Shape s) {
+void kernel_gradients(const T* x, const T* grad, const float* a, const T* const* branches,
+                      float* grad_banks, float* grad_a, const Shape& s) {
   constexpr Size pair = Numbers<T>::pair;
   const Size copies = s.width < WIDE ? s.k : 1, columns = s.width < WIDE ? s.width : s.wide();
   const Size positions = (s.height * columns + pair - 1) / pair * pair, of_image = s.height * s.width;
@@ -470,7 +469,6 @@ void gradients(const T* x, const T* grad, const float* a, const T* branches,
   const Size at_once = std::max(std::min(fit, most + LED_BACK) / LED_BACK * LED_BACK, LED_BACK);
   const bool in_place = pair == 1 && columns == s.width;  // gradients are second factors as they lie
   Buffer<T> banks(s.L * row), masks(copies * image_row);
-  Buffer<float> grad_banks(s.threads * s.L * row);
   if (failed) return;
   if (copies > 1) neighbours(s, image_row, masks.at);
 #pragma omp parallel num_threads(s.threads)
@@ -483,7 +481,7 @@ void gradients(const T* x, const T* grad, const float* a, const T* branches,
       Buffer<float> kernels(LED_BACK * piece);
       if (failed) continue;
       const T* bank = banks.at;
-      float* grad_bank = grad_banks.at + thread * s.L * row;
+      float* grad_bank = grad_banks + thread * s.L * row;
       const Size start = s.first(thread), end = s.first(thread + 1);
       for (Size first = start; first < end; first += at_once) {
         const Size laid_out = std::min(at_once, end - first);
@@ -517,19 +515,31 @@ void gradients(const T* x, const T* grad, const float* a, const T* branches,
       }
       release<T>();
     }
-    by_kernel(grad_banks.at, s, grad_kernels);
   }
+}
+
+// The gradients of a, b×L, added to zeros, and of the kernels, L×out×(k·k)×c. What else the threads need
+// for them is given back before they are put into that order.
+template <class T>
+void gradients(const T* x, const T* grad, const float* a, const T* const* branches, float* grad_kernels,
+               float* grad_a, const Shape s) {
+  Buffer<float> grad_banks(s.threads * s.L * s.k * s.k * s.c * s.out);
+  if (failed) return;
+  kernel_gradients(x, grad, a, branches, grad_banks.at, grad_a, s);
+#pragma omp parallel num_threads(s.threads)
+  by_kernel(grad_banks.at, s, grad_kernels);
 }
 
 // Each gives whether the library refused a product, or the memory was short.
 #define FOR(T, NAME)                                                                             \
-  bool convolve_##NAME(const T* x, const T* a, const T* kernels, T* x_new, const Shape* s) {     \
+  bool convolve_##NAME(const T* x, const T* a, const T* const* kernels, T* x_new,                \
+                       const Shape* s) {                                                         \
     const std::lock_guard<std::mutex> alone(one_call);                                           \
     failed = false;                                                                              \
     convolve(x, a, kernels, x_new, *s);                                                          \
     return failed;                                                                               \
   }                                                                                              \
-  bool gradients_##NAME(const T* x, const T* grad, const float* a, const T* kernels,             \
+  bool gradients_##NAME(const T* x, const T* grad, const float* a, const T* const* kernels,      \
                         float* grad_kernels, float* grad_a, const Shape* s) {                    \
     const std::lock_guard<std::mutex> alone(one_call);                                           \
     failed = false;                                                                              \

@@ -17,8 +17,10 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,63 +70,71 @@ def missing() -> str:
     return "" if right else f"{SOURCE.name} was compiled, but does not compute what it should."
 
 
-def convolved(x: Tensor, a: Tensor, kernels: Tensor) -> Tensor:
+def convolved(x: Tensor, a: Tensor, kernels: Sequence[Tensor]) -> Tensor:
     """(Σ aₗ·Wₗ)∗x of stride 1, as wide as x: b×out×h×w in channels-last memory format.
 
     Args:
         x: b×c×h×w, of float32 or bfloat16 numbers on the CPU; c a multiple of `CHANNELS`.
         a: b×L.
-        kernels: L×out×c×k×k, of the numbers of x; k odd, `out` a multiple of `CHANNELS`. Those
-            whose c are neighbours in memory are not copied.
+        kernels: L of them, out×c×k×k, of the numbers of x; k odd, `out` a multiple of `CHANNELS`.
+            Those in channels-last memory are not copied.
 
     Raises:
         Unavailable: the program cannot be had, or does not take this.
     """
-    return _convolved(x, a, kernels, kernels.shape[1], turned=False)
+    return _convolved(x, a, kernels, kernels[0].shape[0], turned=False)
 
 
-def led_back(grad: Tensor, a: Tensor, kernels: Tensor) -> Tensor:
+def led_back(grad: Tensor, a: Tensor, kernels: Sequence[Tensor]) -> Tensor:
     """The gradient of x, b×c×h×w, from that of what `convolved` gives, b×out×h×w: convolved with
     kernels turned by 180°.
 
     Raises:
         Unavailable: the program cannot be had, or does not take this.
     """
-    return _convolved(grad, a, kernels, kernels.shape[2], turned=True)
+    return _convolved(grad, a, kernels, kernels[0].shape[1], turned=True)
 
 
-def _convolved(x: Tensor, a: Tensor, kernels: Tensor, out: int, turned: bool) -> Tensor:
-    (b, c, h, w), (L, *_, k) = x.shape, kernels.shape
+def _convolved(x: Tensor, a: Tensor, kernels: Sequence[Tensor], out: int, turned: bool) -> Tensor:
+    (b, c, h, w), L, k = x.shape, len(kernels), kernels[0].shape[-1]
     threads = max(1, min(torch.get_num_threads(), -(-b // MIXED)))
     shape = _Shape(b, h, w, c, out, k, L, _divisor(out, OUT_AT_ONCE), threads, turned)
     x_new = x.new_empty(b, h, w, out)
-    even = F.pad(a.to(x.dtype), (0, L % 2))  # so that they can be taken two at a time
-    _call("convolve", shape, x.dtype, _by_position(x), even, _by_position(kernels), x_new)
+    even = F.pad(a.to(x.dtype), (0, L % 2)).contiguous()  # so that they can be taken two at a time
+    _call("convolve", shape, x.dtype, _by_position(x), even, _by_positions(kernels), x_new)
     return x_new.permute(0, 3, 1, 2)
 
 
-def gradients(x: Tensor, grad: Tensor, a: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor]:
+def gradients(
+    x: Tensor, grad: Tensor, a: Tensor, kernels: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
     """The gradients of a, b×L, and of the kernels, L×out×c×k×k, both of float32 numbers, from that
     of what `convolved` gives, b×out×h×w.
 
     Raises:
         Unavailable: the program cannot be had, or does not take this.
     """
-    (b, c, h, w), (L, out, _, k, _) = x.shape, kernels.shape
-    threads = max(1, min(torch.get_num_threads(), b // LED_BACK, SUMS // kernels.numel()))
+    (b, c, h, w), L, (out, _, k, _) = x.shape, len(kernels), kernels[0].shape
+    most = min(b // LED_BACK, SUMS // (L * kernels[0].numel()))
+    threads = max(1, min(torch.get_num_threads(), most))
     shape = _Shape(b, h, w, c, out, k, L, _divisor(c, IN_AT_ONCE), threads, False)
     grad_a = x.new_zeros(b, L, dtype=torch.float32)
     grad_kernels = x.new_empty(L, out, k, k, c, dtype=torch.float32)
     if b == 0:  # the program's threads begin with an image each
-        return grad_a, torch.zeros_like(kernels, dtype=torch.float32)
-    numbers = _by_position(x), _by_position(grad), a.float(), _by_position(kernels)
+        return grad_a, grad_kernels.zero_().movedim(4, 2)
+    numbers = _by_position(x), _by_position(grad), a.float().contiguous(), _by_positions(kernels)
     _call("gradients", shape, x.dtype, *numbers, grad_kernels, grad_a)
     return grad_a, grad_kernels.movedim(4, 2)
 
 
 def _by_position(maps: Tensor) -> Tensor:
-    """Maps, or kernels, with their channels last: …×h×w×c from …×c×h×w."""
-    return maps.movedim(-3, -1)
+    """Maps with their channels last, one after the other: b×h×w×c from b×c×h×w."""
+    return maps.movedim(-3, -1).contiguous()
+
+
+def _by_positions(kernels: Sequence[Tensor]) -> list[Tensor]:
+    """The same for kernels, of which the program is told only one shape: out×k×k×c each."""
+    return [_by_position(kernel.expand_as(kernels[0])) for kernel in kernels]
 
 
 def _divisor(channels: int, most: int) -> int:
@@ -133,22 +143,28 @@ def _divisor(channels: int, most: int) -> int:
     return max((n for n in sizes if channels % n == 0), default=CHANNELS)
 
 
-def _call(name: str, shape: _Shape, dtype: torch.dtype, *tensors: Tensor) -> None:
-    """Call one of the program's functions; the tensors are inputs, and outputs, which lie as they
-    should."""
+def _call(name: str, shape: _Shape, dtype: torch.dtype, *arrays: Tensor | list[Tensor]) -> None:
+    """Call one of the program's functions; the arrays are inputs, and outputs, all contiguous."""
+    tensors = [t for array in arrays for t in (array if isinstance(array, list) else [array])]
     if not fits(dtype, shape.c, shape.out) or any(t.device.type != "cpu" for t in tensors):
         raise Unavailable(
             f"{SOURCE.name} does not take maps of {shape.c} and {shape.out} channels of {dtype} "
             f"numbers on {tensors[0].device.type}; `mixing.fits` says what it takes."
         )
-    arrays = [tensor.contiguous() for tensor in tensors]  # alive until the call is over
     function = getattr(_library(), f"{name}_{str(dtype).removeprefix('torch.')}")
     function.restype = ctypes.c_bool
-    if function(*(ctypes.c_void_p(array.data_ptr()) for array in arrays), ctypes.byref(shape)):
+    if function(*map(_pointer, arrays), ctypes.byref(shape)):
         raise Unavailable(
             f"oneDNN refuses products of {dtype} numbers here, or there is too little memory for "
             "them; another form than 'compiled', such as 'branches', does without."
         )
+
+
+def _pointer(array: Tensor | list[Tensor]) -> Any:
+    """To the numbers of a tensor; to a list of pointers for a list of tensors."""
+    if isinstance(array, list):
+        return (ctypes.c_void_p * len(array))(*(tensor.data_ptr() for tensor in array))
+    return ctypes.c_void_p(array.data_ptr())
 
 
 @cache

@@ -41,8 +41,8 @@ class Rule(NamedTuple):
     product: float = math.inf
     widening: float = 1  # factor on `mixing` where out ≥ 2·in
     shared: bool = False  # whether `winograd` is divided by the number of 3×3 branches
-    # From how many positions on that a convolution is spared form `compiled` pays; and
-    # what `winograd_a_branch` is against it.
+    # From how many positions on that a convolution is spared form `compiled` pays (the benchmark's
+    # `compiled.csv`); and what `winograd_a_branch` is against it.
     compiled: float = math.inf
     winograd_compiled: float = math.inf
 
@@ -484,13 +484,17 @@ def _convolution_backward(
     return _convolution(grad, turned, form, stride) if to_x else None, grad_kernel
 
 
-def stacked_kernels(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The branches' kernels, L×out×in×k×k (k the largest; smaller ones zero-padded), each in
-    channels-last memory, as networks keep them for training."""
+def even_kernels(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The branches' kernels, out×in×k×k (k the largest; smaller ones zero-padded), in the memory
+    format that they have: channels-last in training."""
     rims = rims_of(weights)
-    by_place = [w.to(dtype).permute(0, 2, 3, 1) for w in weights]
-    padded = [F.pad(w, (0, 0) + (rim,) * 4) if rim else w for w, rim in zip(by_place, rims)]
-    return torch.stack(padded).permute(0, 1, 4, 2, 3)
+    return [F.pad(w.to(dtype), (rim,) * 4) if rim else w.to(dtype) for w, rim in zip(weights, rims)]
+
+
+def stacked_kernels(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The branches' kernels, as even as that, L×out×in×k×k, each in channels-last memory."""
+    by_place = [kernel.permute(0, 2, 3, 1) for kernel in even_kernels(weights, dtype)]
+    return torch.stack(by_place).permute(0, 1, 4, 2, 3)
 
 
 def rims_of(weights: Sequence[Tensor]) -> list[int]:
@@ -597,16 +601,16 @@ class _CompiledConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, *weights: Tensor) -> Tensor:
         ctx.save_for_backward(x, a, *weights)
-        return mixing.convolved(x, a, stacked_kernels(weights, x.dtype))
+        return mixing.convolved(x, a, even_kernels(weights, x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, a, *weights = ctx.saved_tensors
-        kernels = stacked_kernels(weights, x.dtype)
+        kernels = even_kernels(weights, x.dtype)
         grad_x = mixing.led_back(grad, a, kernels) if ctx.needs_input_grad[0] else None
         grad_a, grad_kernels = mixing.gradients(x, grad, a, kernels)
-        inner = [slice(rim, kernels.shape[-1] - rim) for rim in rims_of(weights)]
+        inner = [slice(rim, kernels[0].shape[-1] - rim) for rim in rims_of(weights)]
         grads = [whole[..., part, part] for whole, part in zip(grad_kernels, inner, strict=True)]
         return grad_x, grad_a.to(a.dtype), *grads
 

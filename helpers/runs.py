@@ -1291,11 +1291,13 @@ def _block_ratios(folder: Path, precision: str) -> list[str]:
     return [" to ".join(dict.fromkeys(f"{r:.1f}" for r in (p.min(), p.max()))) for p in parts]
 
 
-def benchmark_folders(device: str = "cpu") -> list[Path]:
+def benchmark_folders(device: str = "cpu", having: str | None = None) -> list[Path]:
     """The folders of what `make bench` has measured on CPUs, or on GPUs (`"cuda"`), one a kind, the
-    latest last."""
+    latest last; only those in which there is the table `having`, if one is named."""
     machines = {path.parent: read_json(path) for path in BENCHMARKS.glob("*/machine.json")}
     of_device = [folder for folder in machines if machines[folder]["hardware"]["device"] == device]
+    if having:
+        of_device = [folder for folder in of_device if (folder / f"{having}.csv").is_file()]
     return sorted(of_device, key=lambda folder: machines[folder]["finished"])
 
 

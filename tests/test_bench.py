@@ -14,6 +14,8 @@ import torch
 from helpers import bench, mixing, model, runs
 from helpers.model import IntermediateBlock
 
+here = pytest.mark.skipif(bool(mixing.missing()), reason=mixing.missing() or "it is here")
+
 
 def test_candidates_take_turns_and_the_slow_one_is_found() -> None:
     order = []
@@ -79,6 +81,47 @@ def test_the_record_holds_every_case() -> None:
     ways = [way for way, options in bench.TRIED.items() if options.get("form") not in left_out]
     assert list(runs.benchmark("tried")["tried"]) == ways
     assert runs.benchmark("profile")["share"].sum() == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "folder", runs.benchmark_folders(having="compiled"), ids=lambda folder: folder.name
+)
+def test_auto_takes_the_program_where_it_pays(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record that justifies `Rule.compiled` holds every case; its forms are those of now."""
+    monkeypatch.setattr(model, "instructions", lambda: folder.name)
+    monkeypatch.setattr(mixing, "missing", lambda: "")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    table = runs.benchmark("compiled", folder)
+    cases = len(bench.NEARLY_EVEN) * len(bench.CHANNELS)
+    assert (table.groupby("precision").size() == cases).all()
+    for row in table.to_dict("records"):
+        sizes = [int(k) for k in row["kernels"].split("+")]
+        precision, c, size = getattr(torch, row["precision"]), row["in"], row["map"]
+        with torch.device("meta"):
+            block = IntermediateBlock(c, row["out"], len(sizes), sizes, bias=False)
+        assert bench.forms_taken(block, c, size, precision) == row["auto"], row
+        block.compiles = lambda: False
+        assert bench.forms_taken(block, c, size, precision) == row["other"], row
+    taken = table[table["auto"] == "compiled"]
+    assert taken["ratio"].median() < 0.95 and taken["ratio"].max() < 1.15
+    left = table[table["saved"] < model.RULES[folder.name, "float32"].compiled]
+    assert left["ratio"].median() > 1 and not (left["auto"] == "compiled").any()
+
+
+@here
+def test_a_block_by_the_program_is_compared_with_one_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench, "NEARLY_EVEN", (((3, 3, 3), 4), ((5, 3), 2)))
+    monkeypatch.setattr(bench, "CHANNELS", ((8, 16),))
+    monkeypatch.setattr(bench, "precisions", lambda: ["float32"])
+    table = bench.bench_compiled()
+    assert table["kernels"].tolist() == ["3+3+3", "5+3"]
+    assert table["saved"].tolist() == [2 * 16, pytest.approx(4 * 9 / 25)]
+    assert not table["other"].str.contains("compiled").any()
+    assert (table[["milliseconds", "ratio"]] > 0).all(axis=None)
 
 
 def test_the_record_of_a_gpu_is_kept_apart() -> None:
@@ -162,7 +205,8 @@ def test_a_benchmark_that_is_not_whole_is_not_shown(
     assert runs.latest_benchmark().name == "AVX2"
     with pytest.raises(runs.RunError, match=r"AVX512/full\.csv is missing"):
         runs.benchmark("full", tmp_path / "AVX512")
-    assert set(runs.CPU_TABLES) == set(bench.MEASUREMENTS) - {"profile_full"}
+    assert [folder.name for folder in runs.benchmark_folders(having="full")] == ["AVX2"]
+    assert set(runs.CPU_TABLES) == set(bench.MEASUREMENTS) - {"profile_full", "compiled"}
 
 
 def test_a_benchmark_says_when_each_table_was_measured(tmp_path: Path) -> None:
