@@ -196,7 +196,8 @@ def bench_compiled() -> pd.DataFrame:
     rows, cases = [], list(itertools.product(NEARLY_EVEN, CHANNELS))
     for numbers, ((sizes, size), (c, out)) in itertools.product(precisions(), cases):
         precision = getattr(torch, numbers)
-        usual, without = (IntermediateBlock(c, out, len(sizes), sizes, bias=False) for _ in "12")
+        usual = IntermediateBlock(c, out, len(sizes), sizes, bias=False)
+        without = IntermediateBlock(c, out, len(sizes), sizes, bias=False)
         without.compiles = lambda: False
         forms = [forms_taken(layer, c, size, precision) for layer in (usual, without)]
         candidates = {

@@ -133,8 +133,10 @@ def _by_position(maps: Tensor) -> Tensor:
 
 
 def _by_positions(kernels: Sequence[Tensor]) -> list[Tensor]:
-    """The same for kernels, of which the program is told only one shape: out×k×k×c each."""
-    return [_by_position(kernel.expand_as(kernels[0])) for kernel in kernels]
+    """The same for kernels, of which the program is told one shape and one number type."""
+    if len({(kernel.shape, kernel.dtype) for kernel in kernels}) > 1:
+        raise Unavailable(f"{SOURCE.name} takes kernels of one shape and one number type only.")
+    return [_by_position(kernel) for kernel in kernels]
 
 
 def _divisor(channels: int, most: int) -> int:

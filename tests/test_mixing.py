@@ -121,6 +121,16 @@ def test_what_is_computed_does_not_depend_on_chance():
 
 
 @here
+@pytest.mark.parametrize("other", [torch.ones(8, 8, 1, 1), torch.ones(8, 8, 3, 3).double()])
+def test_kernels_that_differ_are_refused(other):
+    """Else the program would read beyond the smaller one, or take its bits for other numbers."""
+    x, a, kernels = torch.ones(2, 8, 4, 4), torch.ones(2, 2), [torch.ones(8, 8, 3, 3), other]
+    for call in (mixing.convolved, mixing.led_back, lambda *rest: mixing.gradients(x, *rest)):
+        with pytest.raises(mixing.Unavailable, match="one shape and one number type"):
+            call(x, a, kernels)
+
+
+@here
 def test_of_no_images_nothing_is_learnt():
     _, block = pair_of_blocks(16, 24, 3, 3)
     assert block(torch.empty(0, 16, 4, 4, requires_grad=True)).shape == (0, 24, 4, 4)

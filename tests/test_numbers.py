@@ -224,7 +224,7 @@ def test_what_several_branches_cost_is_that_of_the_record() -> None:
     assert (
         large.max() <= 1.5
         and small.max() <= 2.5
-        and "the aims are reached, but for one in a strict" in said
+        and "but for the last of them in a strict reading" in said
     )
     tiny = built.query("map == 4").groupby("precision")["ratio"].agg(["min", "max"])
     words = "still take {:.1f} to {:.1f} times as long as one plain convolution in float32, and "
