@@ -30,6 +30,12 @@ struct Shape {
   Size wide() const { return width + k - 1; }  // of a row with its rim
   Size a_row() const { return L + L % 2; }     // numbers of `a` for an image in `convolve`
   Size first(Size thread) const { return b * thread / threads; }  // of a thread's images
+  // A kernel's rows, the middle one first: the one that meets a row of the image everywhere.
+  Size from_the_middle(Size nth) const { return (nth + k / 2) % k; }
+  // The rows of a map, from the first one to before the end, where row dy of a kernel meets a row of the
+  // map, not zeros above it or below: to leave out the others spares small maps a good part of the work.
+  Size first_row(Size dy) const { return std::clamp<Size>(k / 2 - dy, 0, height); }
+  Size end_row(Size dy) const { return std::clamp<Size>(height + k / 2 - dy, first_row(dy), height); }
 };
 
 // Images whose kernels are mixed together, and whose kernels' gradients are led back together: each
@@ -256,14 +262,13 @@ void mix(Size images, const T* a, const T* bank, Size bank_row, const Shape& s, 
       mix<1>(a + j * s.a_row(), s.a_row(), bank, bank_row, s.L, kernels + j * n, n);
 }
 
-// An image for products with the rows of kernels: for each position, also above and below the image,
-// the k·c numbers that a row of a kernel meets lie one after the other; zeros are there already. In
-// wide maps they are neighbours' own, which overlap; in narrow ones they are copied, so that one
-// product takes all positions.
+// An image for products with the rows of kernels: for each position, the k·c numbers that a row of a
+// kernel meets lie one after the other; zeros at the ends of rows are there already. In wide maps they
+// are neighbours' own, which overlap; in narrow ones they are copied, so that one product takes all
+// positions.
 template <class T> void first_factor(const T* x, const Shape& s, T* to) {
   if (s.width >= WIDE) {
-    spread(x, s.width * s.c, s.height, s.width * s.c, to + (s.k / 2) * (s.wide() + 1) * s.c,
-           s.wide() * s.c);
+    spread(x, s.width * s.c, s.height, s.width * s.c, to + s.k / 2 * s.c, s.wide() * s.c);
     return;
   }
   for (Size dx = 0; dx < s.k; ++dx) {
@@ -271,7 +276,7 @@ template <class T> void first_factor(const T* x, const Shape& s, T* to) {
     const Size count = std::max<Size>(s.width - std::abs(left), 0);
     for (Size y = 0; y < s.height; ++y)
       spread(x + (y * s.width + from) * s.c, s.c, count, s.c,
-             to + (((y + s.k / 2) * s.width + from - left) * s.k + dx) * s.c, s.k * s.c);
+             to + ((y * s.width + from - left) * s.k + dx) * s.c, s.k * s.c);
   }
 }
 
@@ -302,7 +307,7 @@ void convolve(const T* x, const T* a, const T* const* branches, T* x_new, const 
   const Size part = s.k * s.c * s.block, blocks = s.out / s.block, of_image = s.height * s.width;
   const bool wide = s.width >= WIDE;
   const Size apart = wide ? s.c : s.k * s.c, row = (wide ? s.wide() : s.width) * apart;
-  const Size image = (s.height + s.k - 1) * row, rows = wide ? 1 : s.height;  // in one product
+  const Size image = s.height * row;
   Buffer<T> bank(s.L * blocks * s.k * part);
   if (failed) return;
 #pragma omp parallel num_threads(s.threads)
@@ -322,14 +327,15 @@ void convolve(const T* x, const T* a, const T* const* branches, T* x_new, const 
         for (Size block = 0; block < blocks; ++block) {
           T* to = x_new + first * of_image * s.out + block * s.block;
           const Sums sums = sums_for(to, s, memory.at);
-          for (Size dy = 0; dy < s.k; ++dy) {
+          for (Size nth = 0; nth < s.k; ++nth) {
+            const Size dy = s.from_the_middle(nth), from = s.first_row(dy), past = s.end_row(dy);
             mix(images, a + first * s.a_row(), bank.at + (block * s.k + dy) * part, blocks * s.k * part, s,
                 kernels.at, part);
             for (Size j = 0; j < images; ++j)
-              for (Size y = 0; y < s.height; y += rows)
-                multiply(rows * s.width, s.block, s.k * s.c, factors.at + j * image + (y + dy) * row,
-                         apart, kernels.at + j * part, sums.at + (j * of_image + y * s.width) * sums.row,
-                         sums.row, dy > 0);
+              for (Size y = from, rows = wide ? 1 : past - from; y < past; y += rows)
+                multiply(rows * s.width, s.block, s.k * s.c,
+                         factors.at + j * image + (y + dy - s.k / 2) * row, apart, kernels.at + j * part,
+                         sums.at + (j * of_image + y * s.width) * sums.row, sums.row, nth > 0);
           }
           rounded(sums.at, s, images * of_image, to);
         }
@@ -498,10 +504,14 @@ void kernel_gradients(const T* x, const T* grad, const float* a, const T* const*
             for (Size some = 0; some < laid_out; some += LED_BACK) {
               const Size count = std::min(LED_BACK, laid_out - some), to = (place * s.c + block) * s.out;
               const Size dy = place / s.k, dx = place % s.k;
-              const Size from = dy * columns + dx * (copies > 1 ? copy : 1) + block * image_row;
+              Size skipped = s.first_row(dy) * columns / pair * pair;
+              Size met = (s.end_row(dy) * columns + pair - 1) / pair * pair - skipped;
+              if (s.first_row(dy) == s.end_row(dy)) skipped = 0, met = positions;  // to have zeros
+              const Size from = dy * columns + dx * (copies > 1 ? copy : 1) + block * image_row + skipped;
               for (Size j = 0; j < count; ++j)
-                multiply(s.block, s.out, positions, images.at + (some + j) * image + from, image_row,
-                         factors + (some + j) * positions * s.out, kernels.at + j * piece, s.out, false);
+                multiply(s.block, s.out, met, images.at + (some + j) * image + from, image_row,
+                         factors + ((some + j) * positions + skipped) * s.out, kernels.at + j * piece,
+                         s.out, false);
               const Size at = (first + some) * s.L;
               const bool add = first + some > start;
               if (count == LED_BACK)

@@ -42,7 +42,7 @@ class Rule(NamedTuple):
     widening: float = 1  # factor on `mixing` where out ≥ 2·in
     shared: bool = False  # whether `winograd` is divided by the number of 3×3 branches
     # From how many positions on that a convolution is spared form `compiled` pays (the benchmark's
-    # `compiled.csv`); and what `winograd_a_branch` is against it.
+    # `compiled.csv`), with up to `CACHED` channels; and what `winograd_a_branch` is against it.
     compiled: float = math.inf
     winograd_compiled: float = math.inf
 
@@ -61,11 +61,11 @@ RULES = {
         winograd=80,
         winograd_a_branch=20,
         shared=True,
-        compiled=14,
+        compiled=7,
         winograd_compiled=70,
     ),
     ("AVX512", "bfloat16"): Rule(
-        1.7, "patches", winograd=math.inf, winograd_a_branch=math.inf, product=30, compiled=14
+        1.7, "patches", winograd=math.inf, winograd_a_branch=math.inf, product=30, compiled=7
     ),
     ("AMX", "float32"): Rule(
         2, "grouped", winograd=80, winograd_a_branch=20, product=30, shared=True
@@ -74,6 +74,7 @@ RULES = {
         3, "patches", winograd=math.inf, winograd_a_branch=math.inf, product=4, widening=2
     ),
 }
+CACHED = 96  # in·out / (in + out), with more of which form `compiled` pays later by that factor
 MIXING_POSITIONS = 144  # of a map; on smaller ones mixing takes that many times more kernels
 # Numbers that exist at a time in form `patches` and in the mixed kernels of `grouped`: on a CPU so
 # few that they stay in its caches, if that leaves enough images to convolve in one call.
@@ -257,19 +258,20 @@ class IntermediateBlock(nn.Module):
 
         A mixed kernel is one convolution instead of L, but has to be made for each image, however
         small its map: large maps, or many branches. Made and used in the cache, by a compiled
-        program, it pays from where what is saved is a convolution of fourteen positions; by
-        PyTorch's operations, of a hundred and more. By these, where products are quick, it is
-        cheaper to copy the map's patches than to rearrange a kernel for each image; and where
-        blocks widen, mixing pays from more branches on, since a is else multiplied with x.
-        Winograd's tiles save more than half of the multiplications of 3×3 kernels (in·out), at a
-        price for each channel (in + out), part of which all branches share: many channels, or
-        several branches, but few against mixed kernels, whose price hardly grows with L; and more
-        than one if the map is not cut into whole tiles. Small maps of many channels go through
-        products, where a CPU's own convolution is slow for them. From where on is in `RULES`, for
-        CPUs. The rest is evaluated as written but for where a is multiplied: with x where that is
-        fewer numbers than the result, else in one pass with what the branches give. So is
-        everything on a GPU, where mixing kernels pays only with about eight branches. On devices
-        other than these two all is evaluated as written.
+        program, it pays from where what is saved is a convolution of seven positions, or of twice
+        as many where hundreds of channels leave too little cache; by PyTorch's operations, of a
+        hundred and more. By these, where products are quick, it is cheaper to copy the map's
+        patches than to rearrange a kernel for each image; and where blocks widen, mixing pays from
+        more branches on, since a is else multiplied with x. Winograd's tiles save more than half of
+        the multiplications of 3×3 kernels (in·out), at a price for each channel (in + out), part of
+        which all branches share: many channels, or several branches, but few against mixed kernels,
+        whose price hardly grows with L; and more than one if the map is not cut into whole tiles.
+        Small maps of many channels go through products, where a CPU's own convolution is slow for
+        them. From where on is in `RULES`, for CPUs. The rest is evaluated as written but for where
+        a is multiplied: with x where that is fewer numbers than the result, else in one pass with
+        what the branches give; one branch alone wholly as written, since its map costs less time to
+        keep than to do without. On a GPU all of it is the rest, one branch too: mixing kernels pays
+        only with about eight there. On devices other than these two all is evaluated as written.
         """
         everyone, device = list(range(len(self.branches))), x.device.type
         if device not in ("cpu", "cuda"):
@@ -282,6 +284,8 @@ class IntermediateBlock(nn.Module):
         plain = "scaled" if x.shape[1:].numel() < out * positions else "fused"
         if device == "cuda":
             return [(plain, everyone)]
+        if len(sizes) == 1:
+            plain = "branches"
         rule, kernels = rule_here(), sum(k * k for k in sizes) / max(sizes) ** 2
         mixed = rule.mixed if self.stride == 1 else "grouped"
         threes = [l for l, k in enumerate(sizes) if k == 3 and self.stride == 1]
@@ -289,7 +293,8 @@ class IntermediateBlock(nn.Module):
         c = x.shape[1]
         channels, wider = c * out / (c + out), rule.widening if out >= 2 * c else 1
         mixes = kernels >= rule.mixing * wider * max(1, MIXING_POSITIONS / positions)
-        compiled = kernels >= 1 + rule.compiled / positions and self.compiles()
+        pays = (kernels - 1) * positions >= rule.compiled * max(1, channels / CACHED)
+        compiled = pays and self.compiles()
         if self.stride == 1 and channels >= rule.product * positions and not compiled:
             return [("products", everyone)]
         needed = rule.winograd / (max(1, len(threes)) if rule.shared else 1)

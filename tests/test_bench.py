@@ -105,9 +105,9 @@ def test_auto_takes_the_program_where_it_pays(
         block.compiles = lambda: False
         assert bench.forms_taken(block, c, size, precision) == row["other"], row
     taken = table[table["auto"] == "compiled"]
-    assert taken["ratio"].median() < 0.95 and taken["ratio"].max() < 1.15
+    assert taken["ratio"].median() < 0.9 and taken["ratio"].max() < 1.1
     left = table[table["saved"] < model.RULES[folder.name, "float32"].compiled]
-    assert left["ratio"].median() > 1 and not (left["auto"] == "compiled").any()
+    assert left["ratio"].median() > 0.95 and not (left["auto"] == "compiled").any()
 
 
 @here

@@ -461,6 +461,16 @@ def test_auto_multiplies_a_with_the_smaller_of_x_and_what_the_branches_give(chan
     assert parts_of(8, (5, 1), stride, channels) == [(form, [0, 1])]
 
 
+@pytest.mark.parametrize("channels", [(24, 32), (32, 24)])
+def test_auto_evaluates_one_branch_as_written_but_on_a_gpu(channels):
+    for precision in (None, torch.bfloat16):
+        with torch.autocast("cpu", dtype=precision, enabled=precision is not None):
+            assert parts_of(8, (3,), channels=channels) == [("branches", [0])]
+    on_gpu = SimpleNamespace(shape=torch.Size((1, channels[0], 8, 8)), device=torch.device("cuda"))
+    form = "scaled" if channels[0] < channels[1] else "fused"
+    assert IntermediateBlock(*channels, 1).parts(on_gpu) == [(form, [0])]
+
+
 def test_auto_weighs_winograds_price_for_each_branch_against_mixed_kernels():
     wide = (64, 256)
     assert parts_of(16, (3, 3), channels=wide) == [("winograd", [0, 1])]
@@ -496,9 +506,9 @@ def test_auto_mixes_more_branches_only_where_a_block_widens_with_amx(monkeypatch
 
 def test_auto_takes_winograd_for_fewer_channels_the_more_branches_with_amx(monkeypatch):
     monkeypatch.setattr(model, "instructions", lambda: "AMX")
-    for L, form in ((1, "fused"), (2, "winograd"), (4, "winograd")):
+    for L, form in ((1, "branches"), (2, "winograd"), (4, "winograd")):
         assert parts_of(8, (3,) * L, channels=(96, 96)) == [(form, list(range(L)))]
-    for L, form in ((1, "fused"), (2, "fused"), (4, "winograd")):
+    for L, form in ((1, "branches"), (2, "fused"), (4, "winograd")):
         assert parts_of(8, (3,) * L, channels=(64, 64)) == [(form, list(range(L)))]
 
 

@@ -165,8 +165,7 @@ def test_what_several_branches_cost_is_that_of_the_record() -> None:
     saved = 1 - eight["auto"] / eight["branches"]
     assert (5 * saved).round().eq(4).all() and "four fifths of the time are saved" in said
     single = time.xs(1, level="L")
-    slower = (single["auto"] / single["branches"]).map("{:.2f}".format)
-    assert f"({slower[whole]} times in float32, {slower[half]} in bfloat16)" in said
+    assert (single["auto"] / single["branches"]).sub(1).abs().max() < 0.05, "as written, both"
     second, more = (of_one["auto"].xs(L, level="L") for L in (2, 4))
     hundredths = [
         [round(100 * part[numbers]) for numbers in (whole, half)]
@@ -242,11 +241,11 @@ def test_where_the_program_pays_is_that_of_the_record() -> None:
     """Notebook 02, above the table."""
     (*_, folder) = runs.benchmark_folders(having="compiled")
     table, said = runs.benchmark("compiled", folder), prose(ROOT / NOTEBOOKS[1])
-    begin = model.RULES[folder.name, "float32"].compiled
-    assert begin == model.RULES[folder.name, "bfloat16"].compiled == 14
+    half, begin = "bfloat16", model.RULES[folder.name, "float32"].compiled
+    assert begin == model.RULES[folder.name, half].compiled == 7
     from_there, below = table[table["saved"] >= begin], table[table["saved"] < begin]
-    taken, left = from_there["auto"] == "compiled", from_there["auto"].str.contains("winograd")
-    assert (taken | left).all() and (from_there[left]["in"] == 384).all()
+    taken, many = from_there["auto"] == "compiled", from_there["in"] == 384
+    assert (taken == ~many | (from_there["saved"] >= 14) & (from_there["precision"] == half)).all()
     words = (
         "a block takes {min:.2f} to {max:.2f} of the time, {50%:.2f} in the median of {count:.0f}"
     )
