@@ -178,13 +178,12 @@ def test_what_several_branches_cost_is_that_of_the_record() -> None:
     ]
     assert hundredths == [[4, 4], [6, 5], [10, 4], [4, 5]]
     mean = [f"{100 * (more[numbers] - 1) / 3:.1f}" for numbers in (whole, half)]
-    words = "from one branch to four, it costs {} hundredths of it in float32 and {} in bfloat16, "
-    assert words.format(*mean) + "and from four to eight four in either" in said
-    words = "the second branch, with which mixing begins, costs ten in float32, more than that, "
-    assert words + "and four in bfloat16; each of the two after it four and five" in said
-    words = "from one to four {} in float32 and {} in bfloat16, and from four to eight four in "
-    assert words.format(*mean) + "either; but the second branch alone" in readme
-    assert "begins, costs ten in float32 (four in bfloat16)" in readme
+    words = "one branch to four, one more costs {} hundredths in float32 and {} in bfloat16 in the "
+    assert words.format(*mean) + "mean; from four to eight, four in either" in said
+    assert "each costs four to five hundredths of it" in said and "aimed at: ten hundredths" in said
+    assert "yes in bfloat16, four to five hundredths; in float32 in the mean, but the" in readme
+    words = "costs ten (from one to four {} in float32 and {} in bfloat16 in the mean, and from "
+    assert words.format(*mean) + "four to eight four in either)" in readme
     aims = runs.benchmark_aims().reset_index("numbers").drop(index=["aimed at", "AVX512"])
     without = aims["step over quickest of L = 1"].astype(float)
     assert f"is below {without.min()} times one with a single branch" in said
