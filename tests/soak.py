@@ -3,7 +3,7 @@
     python tests/soak.py        # a hundred kills: about half an hour
     python tests/soak.py 5      # fewer
 
-The quick network learns from a part of the stand-in, in a process of its own, with a checkpoint
+The small network learns from a part of the stand-in, in a process of its own, with a checkpoint
 after every batch. That process is killed (SIGKILL) and started again: nine times in ten at a random
 moment of its training, and once at a random moment of its start. In the end it is left alone, and
 its weights, losses and history are compared with those of a run that was never disturbed. The
@@ -22,7 +22,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from helpers import data, runs, training
+from helpers import data, project, runs, training
+from helpers.record import as_json, surroundings
+from helpers.settings import Settings
 
 EPOCHS = 60
 SECONDS_OF_A_LIFE = 1.0  # at most, from its first checkpoint on
@@ -37,15 +39,15 @@ soak.train_once(Path(sys.argv[2]))
 
 def train_once(folder: Path) -> None:
     """The run, or what is left of it, in `folder`."""
-    runs.RUNS, training.SECONDS_BETWEEN_CHECKPOINTS = folder, 0
-    settings = runs.Settings(
+    project.RUNS, training.SECONDS_BETWEEN_CHECKPOINTS = folder, 0
+    settings = Settings(
         epochs=EPOCHS, first_sizes=[16] * 20, batch_size=50, device="cpu", run="soak"
     )
     training.train(data.stand_in(training=400, test=100), settings)
 
 
 def start(folder: Path) -> subprocess.Popen:
-    command = [sys.executable, "-c", ONE_RUN, str(data.ROOT), str(folder)]
+    command = [sys.executable, "-c", ONE_RUN, str(project.ROOT), str(folder)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
 
@@ -112,8 +114,8 @@ def main() -> None:
             "interruptions_in_the_record": interruptions,
             "epochs": EPOCHS,
             "equal": same(disturbed / "soak", undisturbed / "soak"),
-        } | runs.surroundings(torch.device("cpu"))
-    runs.write_json(runs.BENCHMARKS / "soak.json", result)
+        } | surroundings(torch.device("cpu"), torch.bfloat16)
+    project.write_file(project.BENCHMARKS / "soak.json", as_json(result))
     print(f"{kills} kills; equal: {result['equal']}")
     sys.exit(not all(result["equal"].values()))
 

@@ -1,221 +1,178 @@
-"""Metrics are exact counts."""
+"""Predictions are those of evaluation mode; what is made of them is worked out by hand."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from helpers import data, evaluation
-from helpers.augment import shift
-from helpers.model import BlockNetwork
-
-
-class MeanColour(nn.Module):
-    """Logits that depend on the image only, so that batches cannot matter."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.mean(dim=(2, 3)) @ torch.linspace(-1, 1, 30).view(3, 10)
+from helpers import evaluation
+from helpers.data import CLASSES, ImageSet, normalise
+from helpers.model import BlockNetwork, IntermediateBlock
 
 
-def test_accuracy_with_a_ragged_last_batch_is_a_count() -> None:
+@pytest.fixture(scope="module")
+def image_set() -> ImageSet:
+    """1,003 images of noise, for three batches."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (1203, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(10, (1203,), generator=generator)
-    labels[1000:] = MeanColour()(data.normalise(images[1000:])).argmax(1)  # the ragged batch: right
-    logits = evaluation.predict(MeanColour(), data.ImageSet(images, labels))
-    right = sum(
-        int(MeanColour()(data.normalise(images[i : i + 1])).argmax() == labels[i])
-        for i in range(1203)
-    )
-    assert evaluation.correct(logits, labels) == right
-    assert evaluation.accuracy(logits, labels) == right / 1203
-    by_batch = [logits[i : i + 500].argmax(1).eq(labels[i : i + 500]) for i in (0, 500, 1000)]
-    assert np.mean([b.float().mean() for b in by_batch]) != pytest.approx(right / 1203)
+    noise = 128 + 40 * torch.randn(1003, 3, 32, 32, generator=generator)
+    return ImageSet(noise.clamp(0, 255).to(torch.uint8), torch.arange(1003) % 10)
 
 
-def test_predict_measures_in_evaluation_mode_and_puts_the_mode_back(
-    tiny_images: data.ImageData,
-) -> None:
-    network = BlockNetwork([8]).train()
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    evaluation.predict(network, tiny_images.test)
-    assert network.training
-    for name, value in network.state_dict().items():
-        assert torch.equal(value, before[name]), name  # no running statistic moved
+@pytest.fixture
+def network() -> BlockNetwork:
+    """Blocks of two and three branches whose a depends on the image."""
+    torch.manual_seed(0)
+    rows = [dict(channels=4, kernels=[3, 1], pool=True), dict(channels=6, kernels=[3, 3, 1])]
+    made = BlockNetwork(rows, gate="softmax", implementation="reference")
+    for block in made.blocks:
+        nn.init.normal_(block.fc.weight, std=3)
+    return made
 
 
-def test_test_time_augmentation_is_the_weighted_mean_of_six_views(
-    tiny_images: data.ImageData,
-) -> None:
-    test = tiny_images.test.subset(torch.arange(7))
-    network = BlockNetwork([8]).eval()
-    expected = torch.zeros(7, 10)
-    for images in (test.images, test.images.flip(3)):
-        for pixels, weight in ((0, 0.25), (1, 0.125), (-1, 0.125)):
-            moves = torch.full((7,), pixels)
-            moved = shift(images, moves, moves)
-            expected += weight * network(data.normalise(moved)).detach()
-    given = evaluation.predict(network, test, views=evaluation.TTA)
-    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
+def logits_of(predictions: list[int], confidences: list[float]) -> Tensor:
+    """Logits, n×10, whose largest probability is as given."""
+    logits = torch.tensor([[math.log((1 - p) / 9)] * 10 for p in confidences])
+    logits[range(len(logits)), predictions] = torch.tensor(confidences).log()
+    return logits
 
 
-def test_interval_by_hand() -> None:
-    low, high = evaluation.interval(8851, 10000)
-    p, n, z = 0.8851, 10000, 1.959964
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    assert (low, high) == pytest.approx((centre - half, centre + half), abs=1e-6)
-    assert evaluation.interval(10, 10)[1] == pytest.approx(1)
-
-
-def test_an_interrupted_prediction_puts_the_mode_back(tiny_images: data.ImageData) -> None:
-    def interrupt(*_: object) -> None:
+def test_predictions_are_of_evaluation_mode(network: BlockNetwork, image_set: ImageSet) -> None:
+    network.train().blocks[0].eval()  # one block is frozen
+    modes, drawn = [module.training for module in network.modules()], torch.get_rng_state()
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    logits, a = evaluation.predict(network, image_set), evaluation.gates(network, image_set)
+    with pytest.raises(KeyboardInterrupt), evaluation.evaluating(network, torch.float32):
+        assert not network.training and not torch.backends.cudnn.allow_tf32
         raise KeyboardInterrupt
-
-    network = BlockNetwork([8], classes=5).train()
-    assert evaluation.predict(network, tiny_images.test).shape[1] == 5 and network.training
-    network.output.register_forward_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        evaluation.predict(network, tiny_images.test)
-    assert network.training and network.blocks.training
-
-
-def test_paired_difference_by_hand() -> None:
-    first = torch.tensor([True] * 60 + [False] * 40)
-    second = torch.tensor([True] * 50 + [False] * 10 + [True] * 4 + [False] * 36)  # 10 and 4 differ
-    more, low, high = evaluation.paired_difference(first, second)
-    centre = (10.5 - 4.5) / 102
-    half = 1.96 * math.sqrt((10.5 + 4.5) / 102 - centre**2) / math.sqrt(102)
-    assert (more, low, high) == pytest.approx((0.06, centre - half, centre + half))
+    assert torch.equal(torch.get_rng_state(), drawn) and torch.backends.cudnn.allow_tf32
+    assert [module.training for module in network.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    x = normalise(image_set.images)
+    torch.testing.assert_close([logits, *a], [network.eval()(x), *network.gates(x)])
+    low = evaluation.predict(network, image_set, precision=torch.bfloat16)
+    assert low.dtype == torch.float32 and 0 < (low - logits).abs().max() < 0.1
 
 
-def test_a_few_images_that_tell_two_networks_apart_prove_nothing() -> None:
-    first = torch.ones(2000, dtype=torch.bool)
-    second = first.clone()
-    second[:4] = False  # all one way; an exact test gives p = 0.125
-    more, low, high = evaluation.paired_difference(first, second)
-    assert more == 0.002 and low < 0 < high
-    more, low, high = evaluation.paired_difference(first, first)
-    assert more == 0 and low == -high < 0, "equal here is not certainly equal"
+def test_six_views_are_mirrored_and_moved_and_weigh_one(image_set: ImageSet) -> None:
+    assert sum(weight for *_, weight in evaluation.TTA) == 1
+    some, expected = image_set.subset(torch.arange(2)), 0
+    for seen in (some.images, some.images.flip(3)):
+        framed = F.pad(seen.float(), [1, 1, 1, 1], mode="reflect")
+        for k, weight in ((0, 1 / 4), (1, 1 / 8), (-1, 1 / 8)):  # moved down and right by k
+            moved = framed[:, :, 1 - k : 33 - k, 1 - k : 33 - k]
+            expected = expected + weight * normalise(moved).flatten(1)
+    pixels = nn.Sequential(nn.PReLU(init=1), nn.Flatten())  # gives what it gets
+    torch.testing.assert_close(evaluation.predict(pixels, some, evaluation.TTA), expected)
 
 
-def test_mean_and_deviation_of_runs() -> None:
+def test_accuracy_interval_and_deviation_by_hand() -> None:
+    logits, labels = logits_of([3, 1, 2], [0.9, 0.5, 0.7]), torch.tensor([3, 1, 0])
+    assert evaluation.correct(logits, labels) == 2 and evaluation.accuracy(logits, labels) == 2 / 3
+    z2 = 1.959964**2  # Wilson's interval is around (k + z²/2) / (n + z²)
+    centre, half = (4 + z2 / 2) / (10 + z2), math.sqrt(z2 * (4 * 6 / 10 + z2 / 4)) / (10 + z2)
+    assert evaluation.interval(4, 10) == pytest.approx((centre - half, centre + half), abs=1e-6)
     assert evaluation.mean_and_deviation(pd.Series([1.0, 2.0, 3.0]), 2) == "2.00 ± 1.00"
     assert evaluation.mean_and_deviation(pd.Series([89.125]), 1) == "89.1"
 
 
-def answers(classes: list[int], confidence: list[float]) -> torch.Tensor:
-    """Logits whose largest probability is as given."""
-    logits = torch.zeros(len(classes), 10)
-    for row, (k, p) in enumerate(zip(classes, confidence)):
-        logits[row] = np.log((1 - p) / 9)
-        logits[row, k] = np.log(p)
-    return logits
+def test_paired_difference_by_hand() -> None:
+    k = torch.arange(100)
+    first, second = k < 60, (k < 50) | (k >= 96)  # 10 images and 4 tell them apart
+    half = 1.96 * math.sqrt(15 / 102 - (6 / 102) ** 2) / math.sqrt(102)
+    difference = evaluation.paired_difference(first, second)
+    assert difference == pytest.approx((0.06, 6 / 102 - half, 6 / 102 + half))
+    assert evaluation.paired_difference(first, first)[1] < 0, "not certainly equal"
 
 
 def test_confusion_pairs_and_classes_by_hand() -> None:
-    labels = torch.tensor([0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9])
-    logits = answers([0, 1, 1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0.9] * 13)
-    counts = evaluation.confusion(logits, labels)
+    labels = torch.tensor([0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8])
+    counts = evaluation.confusion(logits_of([0, 1, 1, 0, *labels[4:]], [0.9] * 12), labels)
     assert counts[0].tolist() == [1, 2] + [0] * 8  # rows are the truth
-    pairs = evaluation.confused_pairs(counts, data.CLASSES)
+    pairs = evaluation.confused_pairs(counts, CLASSES)
     assert pairs.iloc[0].tolist() == ["airplane – automobile", 3, 1.0]
-    table = evaluation.class_table(counts, data.CLASSES)
-    assert table.loc["airplane", "accuracy"] == pytest.approx(1 / 3)
-    assert table.loc["airplane", "images"] == 3
-    assert table.loc["automobile", "low"] < 0.5 < table.loc["automobile", "high"]
+    table = evaluation.class_table(counts, CLASSES)
+    assert table.loc["airplane"].tolist() == [3, 1 / 3, *evaluation.interval(1, 3)]
+    assert table.loc["truck", ["images", "low", "high"]].tolist() == [0, 0, 1]
 
 
-def test_confident_mistakes_are_mistakes_and_sorted() -> None:
-    logits = answers([1, 1, 2, 3, 0], [0.5, 0.9, 0.99, 0.7, 0.8])
-    labels = torch.tensor([0, 0, 2, 0, 0])
-    assert evaluation.confident_mistakes(logits, labels, 2).tolist() == [1, 3]
-    assert evaluation.confident_mistakes(logits, labels, 9).tolist() == [1, 3, 0]
+def test_calibration_selection_and_mistakes_by_hand() -> None:
+    logits, labels = logits_of([0, 0, 1, 1], [0.52, 0.95, 0.58, 0.92]), torch.tensor([9, 0, 1, 5])
+    measured = evaluation.calibration(logits, labels, bins=10)  # two images in each of two bins
+    assert measured.count.tolist() == [2, 2] and measured.accuracy.tolist() == [0.5, 0.5]
+    assert measured.confidence == pytest.approx([0.55, 0.935])
+    assert measured.error == pytest.approx((0.05 + 0.435) / 2)
+    certain = torch.cat([logits_of([4], [0.97]), 1000 * F.one_hot(labels[:1]).float()])
+    assert evaluation.calibration(certain, labels[:2]).count.tolist() == [2]  # 1 is in the last bin
+    table = evaluation.selective(logits, labels)
+    assert table["answered"].tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert table["accuracy"].tolist() == [1, 1 / 2, 2 / 3, 2 / 4]
+    assert table["confidence"].tolist() == pytest.approx([0.95, 0.92, 0.58, 0.52])
+    assert evaluation.confident_mistakes(logits, labels, 1).tolist() == [3]
+    assert evaluation.confident_mistakes(logits, labels, 9).tolist() == [3, 0]
 
 
-def test_calibration_by_hand() -> None:
-    logits = answers([0, 0, 1, 1], [0.95, 0.95, 0.55, 0.55])
-    measured = evaluation.calibration(logits, torch.tensor([0, 0, 1, 9]), bins=10)
-    assert measured.count.tolist() == [2, 2]
-    assert measured.confidence == pytest.approx([0.55, 0.95])
-    assert measured.accuracy == pytest.approx([0.5, 1.0])
-    assert measured.error == pytest.approx(0.05, abs=1e-6)  # of a float32 softmax
-    certain = torch.zeros(3, 10)
-    certain[:, 4] = 1000.0  # probability 1 belongs to the last bin
-    assert evaluation.calibration(certain, torch.tensor([4, 4, 4])).error == 0
+def test_a_temperature_makes_confidence_the_accuracy_of_the_other_half() -> None:
+    labels = torch.tensor([0] * 8 + [1] * 2)  # class 0 in four of five, even and odd
+    logits = torch.tensor([[3.0, 0.0], [0.5, 0.0]]).repeat(5, 1)  # log 4 would be honest
+    divided, (even, odd) = evaluation.with_fitted_temperature(logits, labels)
+    assert [even, odd] == pytest.approx([3 / math.log(4), 0.5 / math.log(4)], rel=1e-4)
+    assert divided[:2, 0].tolist() == pytest.approx([3 / odd, 0.5 / even])
 
 
-def test_entropy_is_one_for_alike_and_zero_for_one() -> None:
-    a = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.0, 1.0, 0.0, 0.0]])
-    assert evaluation.entropy(a).tolist() == pytest.approx([1.0, 0.0])
+def test_corruptions_grow_from_nothing(network: BlockNetwork, image_set: ImageSet) -> None:
+    some = image_set.subset(torch.arange(30))
+    for corruption, none in zip(evaluation.CORRUPTIONS, (0, 0.01, 1, 100), strict=True):
+        changes = []
+        for strength in (none, *evaluation.CORRUPTIONS[corruption]):
+            worse = evaluation.corrupted(some.images, corruption, strength)
+            assert worse.shape == some.images.shape and worse.dtype == torch.uint8
+            changes.append(float((worse.float() - some.images.float()).abs().mean()))
+        assert changes == sorted(set(changes)) and changes[1] > 1
+        assert changes[0] == 0 or corruption.startswith("JPEG")
+    grey = torch.full((20, 3, 32, 32), 128, dtype=torch.uint8)
+    assert float(evaluation.corrupted(grey, "noise", 20).float().std()) == pytest.approx(20, 0.02)
+    table = evaluation.robustness(network, some, torch.float32)
+    own = evaluation.accuracy(evaluation.predict(network, some), some.labels)
+    assert table.loc[table["step"] == 0, "accuracy"].tolist() == [own] * 4
+    assert table["strength"][1:6].tolist() == evaluation.CORRUPTIONS["noise: deviation, levels"]
 
 
-def test_gates_and_their_class_means(tiny_images: data.ImageData) -> None:
-    network = BlockNetwork([8, 8], branches=(2, 3))
-    for block in network.blocks:
-        nn.init.normal_(block.fc.weight)
-    first, second = evaluation.gates(network, tiny_images.test)
-    assert first.shape == (len(tiny_images.test), 2) and second.shape[1] == 3
-    x = data.normalise(tiny_images.test.images)
-    torch.testing.assert_close(first, network.blocks[0].gate(x).detach())
-    means = evaluation.class_means(first, tiny_images.test.labels)
-    of_class_3 = first[tiny_images.test.labels == 3].mean(dim=0)
-    torch.testing.assert_close(means[3], of_class_3)
+def test_what_a_tells(image_set: ImageSet) -> None:
+    a, labels = torch.tensor([[0.1, 0.9], [0.4, 0.6], [0.3, 0.7]]), torch.tensor([1, 0, 1])
+    assert evaluation.driving(a, 2).tolist() == [[1, 2], [0, 2]]
+    torch.testing.assert_close(evaluation.class_means(a, labels)[1], torch.tensor([0.2, 0.8]))
+    noise = torch.randn(1003, 3, generator=torch.Generator().manual_seed(0))
+    assert evaluation.class_from_gates(noise, image_set.labels) < 0.2
+    assert evaluation.class_from_gates(F.one_hot(image_set.labels), image_set.labels) == 1
+    red = image_set.images[:, 0].float().mean(dim=(1, 2))
+    made = torch.stack([red, 1e-3 * noise[:, 0]], dim=1)  # the second varies hardly at all
+    assert evaluation.explained_by_colour(made, image_set.images) == pytest.approx(1, abs=0.01)
+    assert evaluation.explained_by_colour(noise, image_set.images) < 0.1
+    assert math.isnan(evaluation.explained_by_colour(torch.ones(1003, 2), image_set.images))
+    block = IntermediateBlock(1, 1, kernels=[3, 1])
+    nn.init.dirac_(block.branches[0].weight)  # 1 in the centre
+    nn.init.constant_(block.branches[1].weight, -3)
+    assert evaluation.kernel_similarity(block) == pytest.approx(-1)
+    assert math.isnan(evaluation.kernel_similarity(IntermediateBlock(1, 1, kernels=[3])))
 
 
-def test_replaced_gates_change_the_copy_only(tiny_images: data.ImageData) -> None:
-    network = BlockNetwork([8], branches=3)
-    nn.init.normal_(network.blocks[0].fc.weight)
-    own = evaluation.predict(network, tiny_images.test)
-    a = evaluation.gates(network, tiny_images.test)
-    for what in ("mean", "shuffled"):
-        changed = evaluation.with_replaced_gates(network, a, what)
-        assert not torch.allclose(evaluation.predict(changed, tiny_images.test), own)
-    x = data.normalise(tiny_images.test.images[:5])
-    shuffled = evaluation.with_replaced_gates(network, a, "shuffled").blocks[0].gate(x)
-    torch.testing.assert_close(shuffled[1:], network.blocks[0].gate(x)[:-1])
-    mean = evaluation.with_replaced_gates(network, a, "mean").blocks[0].gate(x)
-    torch.testing.assert_close(mean, a[0].mean(dim=0).expand(5, 3))
-    torch.testing.assert_close(evaluation.predict(network, tiny_images.test), own)
-    with pytest.raises(ValueError, match="nothing"):
-        evaluation.with_replaced_gates(network, a, "nothing")
-
-
-def test_gates_are_replaced_in_the_named_blocks_only(tiny_images: data.ImageData) -> None:
-    network = BlockNetwork([8, 8], branches=3)
-    for block in network.blocks:
-        nn.init.normal_(block.fc.weight)
-    a, x = evaluation.gates(network, tiny_images.test), data.normalise(tiny_images.test.images[:5])
-    first, second = evaluation.with_replaced_gates(network, a, "mean", among=[2]).blocks
-    torch.testing.assert_close(first.gate(x), network.blocks[0].gate(x))
-    torch.testing.assert_close(second.gate(x), a[1].mean(dim=0).expand(5, 3))
-    with pytest.raises(ValueError, match=r"among=\[3\] is not allowed; blocks are 1 to 2"):
-        evaluation.with_replaced_gates(network, a, "mean", among=[3])
-    with pytest.raises(ValueError, match="the weights of 1 blocks, and the network has 2"):
-        evaluation.with_replaced_gates(network, a[:1], "mean")
-
-
-def test_the_class_is_told_from_a_that_knows_it_and_not_from_noise() -> None:
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(600) % 10
-    noise = torch.randn(600, 3, generator=generator)
-    assert evaluation.class_from_gates(noise, labels) < 0.2
-    telling = torch.nn.functional.one_hot(labels, 10) + 0.1 * torch.randn(600, 10)
-    assert evaluation.class_from_gates(telling, labels) > 0.95
-
-
-def test_colour_explains_what_is_made_of_it(tiny_images: data.ImageData) -> None:
-    images = tiny_images.train.images
-    red = images[:, 0].float().mean(dim=(1, 2))
-    made = torch.stack([red, -2 * red], dim=1)
-    assert evaluation.explained_by_colour(made, images) == pytest.approx(1, abs=0.01)
-    noise = torch.randn(len(images), 2, generator=torch.Generator().manual_seed(1))
-    assert evaluation.explained_by_colour(noise, images) < 0.1
-    assert math.isnan(evaluation.explained_by_colour(torch.full_like(noise, 0.5), images))
-    nearly_dead = torch.cat([made[:, :1], 1e-3 * noise], dim=1)  # these vary next to nothing
-    assert evaluation.explained_by_colour(nearly_dead, images) == pytest.approx(1, abs=0.01)
+def test_gates_are_replaced_in_a_copy(network: BlockNetwork, image_set: ImageSet) -> None:
+    a, x = evaluation.gates(network, image_set), normalise(image_set.images[:5])
+    own, logits = network.eval().gates(x), network(x)
+    expected = {"mean": a[0].mean(dim=0).expand(5, 2), "shuffled": own[0].roll(1, dims=0)}
+    for what, first in expected.items():
+        everywhere = evaluation.with_replaced_gates(network, a, what)
+        in_one = evaluation.with_replaced_gates(network, a, what, among=[2])
+        torch.testing.assert_close(everywhere.gates(x)[0], first)
+        torch.testing.assert_close(in_one.gates(x)[0], own[0])
+        for changed in (everywhere, in_one):
+            assert not torch.allclose(changed.gates(x)[1], own[1], atol=0.01)
+            assert not torch.allclose(changed(x), logits, atol=1e-4)
+    assert torch.equal(network(x), logits)
+    with pytest.raises(KeyError, match="max"):
+        evaluation.with_replaced_gates(network, a, "max")

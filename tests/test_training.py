@@ -1,531 +1,286 @@
-"""The loop does what the report says of it."""
+"""Training: exact steps, and runs that end with the same bits however they are stopped."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
+import os
+import signal
 import subprocess
-from collections.abc import Callable
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 import torch
+from torch import Tensor
 
-from helpers import data, evaluation, model, runs, training
-from helpers.runs import Settings
+from helpers import data, project, runs, training
+from helpers.data import ImageData
+from helpers.optimizers import Muon, make_optimizers, orthogonal, set_learning_rate
+from helpers.runs import RunError
+from helpers.settings import Settings
+from helpers.training import TrainingError, importance, train
 
-SMALL = Settings(
-    widths=[8, 8],
-    pool_after=[1],
-    stem_filters=12,
-    branches=2,
-    epochs=3,
-    first_sizes=[],
-    batch_size=32,
-    device="cpu",
-)
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
-    return tmp_path / "runs"
-
-
-def quiet(images: data.ImageData, settings: Settings) -> tuple[torch.nn.Module, runs.Run]:
-    return training.train(images, settings, report=lambda line: None)
+ROWS = [
+    {"channels": 8, "kernels": [3, 1], "pool": True},
+    {"channels": 8, "kernels": [3, 1], "residual": True},
+]
+# 160 images make five batches; everything that draws random numbers is on.
+GIVEN: dict[str, Any] = {
+    "blocks": ROWS, "stem_filters": 12, "epochs": 3, "first_sizes": [16], "batch_size": 32,
+    "device": "cpu", "skip_easy": 0.5, "cutout": 8, "run": "tried",
+}  # fmt: skip
+SETTINGS = Settings(**GIVEN)
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(
-    tiny_images: data.ImageData,
+def silent(_: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def undisturbed(images: ImageData, tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(project, "RUNS", tmp_path_factory.mktemp("runs"))
+        _, run = train(images, SETTINGS, silent)
+        yield run
+
+
+def assert_same_bits(folder: Path, other: Path) -> None:
+    one, two = (torch.load(path / "weights.pt", weights_only=True) for path in (folder, other))
+    assert all(torch.equal(one[name], two[name]) for name in one | two)
+    assert (folder / "batches.csv").read_bytes() == (other / "batches.csv").read_bytes()
+    timed = ["seconds", "images_per_second"]
+    tables = [pd.read_csv(path / "history.csv").drop(columns=timed) for path in (folder, other)]
+    assert tables[0].equals(tables[1])
+
+
+def test_the_record_says_what_happened(undisturbed: runs.Run, images: ImageData) -> None:
+    history, batches = undisturbed.history, undisturbed.batches
+    assert history["epoch"].tolist() == [1, 2, 3]
+    assert history["size"].tolist() == [16, 32, 32]
+    assert undisturbed.metrics["test_accuracy"] == history["test_accuracy"].iloc[-1]
+    assert (history["test_accuracy"] * 70 % 1).round(9).isin([0, 1]).all()  # counts, not means
+    assert batches["learning_rate"].is_monotonic_decreasing
+    assert batches["learning_rate"].iloc[0] == SETTINGS.learning_rate
+    assert batches["learning_rate"].iloc[-1] < SETTINGS.learning_rate / 10  # one schedule, ended
+    assert (batches.groupby("epoch").size() <= 5).all()
+    assert runs.read_json(undisturbed.folder / "config.json")["dataset"] == "stand-in"
+
+
+def test_the_kept_weights_have_the_stated_accuracy(
+    undisturbed: runs.Run, images: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network, run = quiet(tiny_images, SMALL)
-    torch.randn(17)  # somebody else draws from the global generator
-    again, second = quiet(tiny_images, SMALL)
-    other, third = quiet(tiny_images, dataclasses.replace(SMALL, seed=1))
-    assert run.batches["loss"].tolist() == second.batches["loss"].tolist()
-    for ours, theirs in zip(network.parameters(), again.parameters()):
-        assert torch.equal(ours, theirs)
-    assert run.batches["loss"].tolist() != third.batches["loss"].tolist()
+    monkeypatch.setattr(project, "RUNS", undisturbed.folder.parent)
+    network = runs.load_network(runs.read("tried"))
+    logits = training.evaluation.predict(network, images.test)
+    stated = undisturbed.metrics["test_accuracy"]
+    assert training.evaluation.accuracy(logits, images.test.labels) == stated
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"translate": 0}, {"flip": False}, {"cutout": 8}, {"trivial_augment": 1.0},
-        {"label_smoothing": 0.0}, {"momentum": 0.5}, {"learning_rate": 0.01},
-        {"adam_learning_rate": 0.001}, {"skip_easy": 0.8},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_every_parameter_of_the_training_reaches_it(
-    changed: dict, tiny_images: data.ImageData
+def test_a_finished_run_is_read_and_not_trained_again(
+    undisturbed: runs.Run, images: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, after = (
-        quiet(tiny_images, dataclasses.replace(SMALL, run=name, **more))[1]
-        for name, more in (("before", {}), ("after", changed))
-    )
-    losses = before.batches["loss"].tolist(), after.batches["loss"].tolist()
-    assert losses[0] != losses[1]
+    monkeypatch.setattr(project, "RUNS", undisturbed.folder.parent)
+    monkeypatch.setattr(training, "train_step", None)
+    said: list[str] = []
+    _, run = train(images, SETTINGS, said.append)
+    assert run.metrics == undisturbed.metrics
+    assert len(said) == 1 + 3
+    with pytest.raises(RunError, match="epochs"):
+        train(images, Settings(**GIVEN | {"epochs": 4}), silent)
 
 
-def test_every_epoch_has_its_own_number(
-    tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("steps", [1, 7, 11])
+def test_an_interrupted_run_ends_with_the_same_bits(
+    steps: int,
+    undisturbed: runs.Run,
+    images: ImageData,
+    records: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By which every image is mirrored in every second one."""
-    seen, set_epoch = [], training.set_epoch
-    monkeypatch.setattr(
-        training, "set_epoch", lambda loader, epoch, numbers: (
-            seen.append(epoch), set_epoch(loader, epoch, numbers)
-        )
-    )  # fmt: skip
-    quiet(tiny_images, SMALL)
-    assert seen[:3] == [0, 1, 2]
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+    done, step = [], training.train_step
+
+    def interrupted(network: torch.nn.Module, *arguments: object) -> tuple[Tensor, Tensor]:
+        if len(done) == steps:
+            next(network.parameters()).data.zero_()  # half a step leaves the weights anyhow
+            raise KeyboardInterrupt
+        done.append(1)
+        return step(network, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(images, SETTINGS, silent)
+    torch.rand(3)  # other draws in between change nothing
+    _, run = train(images, SETTINGS, silent)
+    assert run.metrics["interruptions"] == 1
+    assert_same_bits(run.folder, undisturbed.folder)
 
 
-def test_the_last_metrics_are_those_of_the_whole_run(
-    tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(
+    undisturbed: runs.Run, images: ImageData, records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    views, predict = [], evaluation.predict
-    monkeypatch.setattr(
-        evaluation, "predict", lambda *given, **more: (
-            views.append(given[3] if len(given) > 3 else None), predict(*given, **more)
-        )[1]
-    )  # fmt: skip
-    network, run = quiet(tiny_images, SMALL)
-    with_tta = predict(network, tiny_images.test, views=evaluation.TTA)
-    assert run.metrics["test_accuracy_tta"] == evaluation.accuracy(
-        with_tta, tiny_images.test.labels
-    )
-    assert views[-1] is evaluation.TTA
-    assert run.metrics["train_seconds"] == pytest.approx(run.history["seconds"].sum())
-    learned = [p for p in network.parameters() if p.requires_grad]
-    assert run.metrics["parameters"] == sum(p.numel() for p in learned)
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "epoch_line", lambda *_: 1 / 0)  # stops after the first epoch
+        with pytest.raises(ZeroDivisionError):
+            train(images, SETTINGS, silent)
+    (records / "tried" / "checkpoint.pt").write_bytes(b"cut")
+    said: list[str] = []
+    _, run = train(images, SETTINGS, said.append)
+    assert any("checkpoint.pt is not used" in line for line in said)
+    assert (records / "tried" / "checkpoint-bad.pt").is_file()
+    assert_same_bits(run.folder, undisturbed.folder)
 
 
-def test_measuring_more_often_does_not_change_the_training(
-    tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
+KILLED = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+from conftest import make_images
+from test_training import SETTINGS
+from helpers import project, training
+project.RUNS, training.SECONDS_BETWEEN_CHECKPOINTS = Path(sys.argv[3]), 0
+training.train(make_images(), SETTINGS)
+"""
+
+
+def test_a_killed_run_ends_with_the_same_bits(
+    undisturbed: runs.Run, images: ImageData, records: Path
 ) -> None:
-    _, run = quiet(tiny_images, SMALL)
-    step = training.train_batch
-
-    def measure_after_every_batch(network: torch.nn.Module, *arguments: object) -> tuple:
-        done = step(network, *arguments)
-        evaluation.predict(network, tiny_images.test)
-        return done
-
-    monkeypatch.setattr(training, "train_batch", measure_after_every_batch)
-    _, measured = quiet(tiny_images, SMALL)
-    assert measured.batches["loss"].tolist() == run.batches["loss"].tolist()
-
-
-def test_a_run_can_go_on_from_the_weights_of_another(tiny_images: data.ImageData) -> None:
-    first, earlier = quiet(tiny_images, dataclasses.replace(SMALL, run="earlier"))
-    settings = dataclasses.replace(SMALL, run="later", start_from="earlier", epochs=1)
-    begun = training.earlier_network(settings, tiny_images)
-    for ours, theirs in zip(begun.state_dict().values(), first.state_dict().values(), strict=True):
-        assert torch.equal(ours, theirs)
-    _, later = quiet(tiny_images, settings)
-    assert later.batches["loss"].iloc[0] < earlier.batches["loss"].iloc[0]
-    assert later.batches["learning_rate"].iloc[0] == settings.learning_rate
-    seconds = [run.metrics["train_seconds"] for run in (earlier, later)]
-    assert runs.training_seconds(earlier) == seconds[0]
-    assert runs.training_seconds(later) == sum(seconds)
-    assert runs.seeds_of(later)["train_seconds"].tolist() == [sum(seconds)]
-    work = [runs.training_work(run) for run in (earlier, later)]
-    assert work[1] == pytest.approx(work[0] * 4 / 3)  # three epochs, and then one more
-    whole = runs.whole_training(later)
-    assert whole.history["epoch"].tolist() == [1, 2, 3, 4]
-    assert whole.history["loss"].tolist() == [*earlier.history["loss"], *later.history["loss"]]
-    assert whole.batches["epoch"].drop_duplicates().tolist() == [1, 2, 3, 4]
-    assert runs.image_sizes(later) == [32] * 4
-    assert runs.restarts(later) == [4] and runs.restarts(earlier) == []
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", KILLED, str(project.ROOT), str(here), str(records)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not (records / "tried" / "checkpoint.pt").is_file():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    _, run = train(images, SETTINGS, silent)
+    assert run.metrics["interruptions"] == 1
+    assert_same_bits(run.folder, undisturbed.folder)
 
 
-def test_each_seed_goes_on_from_the_run_of_its_own(tiny_images: data.ImageData) -> None:
-    began = {}
-    for seed in (0, 1):
-        settings = dataclasses.replace(SMALL, seed=seed, epochs=1, run=f"first-seed{seed}")
-        began[seed], _ = quiet(tiny_images, settings)
-    then = [
-        quiet(tiny_images, dataclasses.replace(SMALL, seed=seed, start_from=start, run=f"{seed}"))
-        for seed, start in ((0, "first"), (1, "first-seed1"))
-    ]
-    assert [[one.name for one in runs.lineage(run)] for _, run in then] == [
-        ["first-seed0", "0"], ["first-seed1", "1"],
-    ]  # fmt: skip
-    assert runs.seeds_of(then[0][1])["seed"].tolist() == [0, 1]
-    settings = dataclasses.replace(SMALL, seed=1, start_from="first")
-    network = training.earlier_network(settings, tiny_images)
-    for ours, theirs in zip(network.parameters(), began[1].parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"widths": [8, 4]}, r"its widths is \[8, 8\], and here it is \[8, 4\]"),
-        ({"gate": "sigmoid"}, "its gate is 'softmax'"),
-        ({"validation": 16}, "its validation is 0, and here it is 16"),
-    ],
-)
-def test_a_run_does_not_go_on_from_what_does_not_fit(
-    changed: dict, said: str, tiny_images: data.ImageData
+def test_a_loss_that_is_not_finite_ends_the_run_in_a_sentence(
+    images: ImageData, records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quiet(tiny_images, dataclasses.replace(SMALL, run="earlier", epochs=1))
-    settings = dataclasses.replace(SMALL, run="later", start_from="earlier", **changed)
-    with pytest.raises(runs.ParameterError, match=f"start_from = 'earlier': {said}"):
-        quiet(tiny_images, settings)
-    real = dataclasses.replace(tiny_images, name="cifar10")
-    with pytest.raises(runs.RunError, match="trained on stand-in, and the data here is"):
-        training.earlier_network(dataclasses.replace(SMALL, start_from="earlier"), real)
-    with pytest.raises(runs.RunError, match=r"'nothing': .* \(there are: earlier\)"):
-        quiet(tiny_images, dataclasses.replace(SMALL, run="later", start_from="nothing"))
-    assert runs.names() == ["earlier"] and not (runs.RUNS / "later").exists()
+    nan = torch.full((32,), torch.nan)
+    monkeypatch.setattr(training, "train_step", lambda *_: (nan, nan > 0))
+    with pytest.raises(TrainingError, match="epoch 1, batch 1"):
+        train(images, SETTINGS, silent)
 
 
-def test_all_clean_training_images_are_measured_as_often_as_asked(
-    tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_is_said_and_the_training_goes_on(
+    undisturbed: runs.Run, images: ImageData, records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After every second epoch and the last, and some of them in between; the training itself does
-    not notice."""
-    measured, measure = [], training.measure
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
 
-    def noted(network: torch.nn.Module, images: data.ImageSet, *rest: object) -> dict[str, float]:
-        measured.append(len(images))
-        return measure(network, images, *rest)
-
-    monkeypatch.setattr(training, "measure", noted)
-    monkeypatch.setattr(training, "IMAGES_IN_BETWEEN", 50)
-    _, often = quiet(tiny_images, SMALL)
-    _, seldom = quiet(tiny_images, dataclasses.replace(SMALL, measure_training_every=2))
-    every = len(tiny_images.train)
-    assert measured == [every, every, every, 50, every, every]
-    assert seldom.history["training_accuracy"].notna().all()
-    same = ["loss", "test_accuracy"]
-    assert often.history[same].equals(seldom.history[same])
-    assert often.metrics["training_accuracy"] == seldom.metrics["training_accuracy"]
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("helpers.record.torch.save", full)
+        with pytest.raises(OSError, match="No space"):  # the weights at the end are not lost:
+            train(images, SETTINGS, said.append)
+    assert any("could not be written" in line for line in said)
+    _, run = train(images, SETTINGS, silent)
+    assert_same_bits(run.folder, undisturbed.folder)
 
 
-def test_no_thread_calculates_with_denormal_numbers(
-    run_python: Callable[..., subprocess.CompletedProcess],
-) -> None:
-    """Which a thread that was there before would go on with."""
-    process = run_python(
-        "-c",
-        "import torch; torch.set_num_threads(2)\n"
-        "from helpers import data\n"
-        "torch.rand(2**22, 2).t().contiguous()\n"
-        "from helpers import training\n"
-        "print(int((torch.full((2**22,), 1e-39) * 1).count_nonzero()))",
-        project=data.ROOT,
-        cwd=data.ROOT,
-    )
-    assert process.stdout.strip() == "0", process.stderr
+def test_muon_steps_along_the_orthogonal_factor() -> None:
+    torch.manual_seed(0)
+    for shape in ((2, 8, 30), (1, 30, 8)):
+        matrices = torch.randn(shape)
+        u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+        got = torch.linalg.svd(orthogonal(matrices), full_matrices=False)
+        assert (got[1] > 0.3).all()
+        assert (got[1] < 1.3).all()
+        projected = (u.mT @ orthogonal(matrices) @ vh.mT).diagonal(dim1=1, dim2=2)
+        assert torch.allclose(projected.sort().values, got[1].sort().values, atol=1e-4)
+        assert (s > 0).all()
 
 
-def test_weights_that_half_precision_cannot_hold_end_the_run(
-    tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rounded after the last epoch, they would be infinite; the record says so, and why."""
-
-    def grow(network: torch.nn.Module, *_: object) -> float:
-        next(network.buffers()).fill_(1e6)
-        return 0.0
-
-    monkeypatch.setattr(training, "settle_statistics", grow)
-    with pytest.raises(training.TrainingError, match="Weights are not finite in epoch 3"):
-        quiet(tiny_images, dataclasses.replace(SMALL, run="grown"))
-    assert "not finite" in runs.read_json(runs.RUNS / "grown" / "failed.json")["failed"]
-
-
-def test_gates_are_warm_at_first_and_their_entropy_is_recorded(
-    tiny_images: data.ImageData,
-) -> None:
-    settings = dataclasses.replace(SMALL, epochs=4, adam_learning_rate=0.5)
-    _, cold = quiet(tiny_images, settings)
-    network, warm = quiet(tiny_images, dataclasses.replace(settings, temperature=1000.0))
-    columns = ["entropy_B1", "entropy_B2"]
-    assert (warm.history.loc[0, columns] > cold.history.loc[0, columns]).all()
-    assert warm.history.loc[0, columns].min() > 0.999
-    assert [block.temperature for block in network.blocks] == [1.0, 1.0]
-    a = evaluation.gates(network, tiny_images.test)
-    measured = [float(evaluation.entropy(block).mean()) for block in a]
-    assert warm.history[columns].iloc[-1].tolist() == pytest.approx(measured)
-
-
-def test_the_kept_weights_are_those_that_were_measured(tiny_images: data.ImageData) -> None:
-    network, run = quiet(tiny_images, SMALL)
-    kept = torch.load(run.folder / "weights.pt", weights_only=True)
-    for name, value in network.state_dict().items():
-        assert kept[name].dtype == (torch.float16 if value.is_floating_point() else value.dtype)
-        assert torch.equal(kept[name].to(value.dtype), value), name
-    ours, loaded = (
-        evaluation.predict(one, tiny_images.test) for one in (network, runs.load_network(run))
-    )
-    assert torch.equal(ours, loaded)
-
-
-def test_the_last_statistics_are_those_of_clean_whole_images(
-    tiny_images: data.ImageData,
-) -> None:
-    """Though the network learnt from covered ones, half their size but for the last epoch."""
-    settings = dataclasses.replace(SMALL, epochs=2, first_sizes=[16], cutout=12)
-    network, run = quiet(tiny_images, settings)
-    norm = network.between[0][1]
-    assert isinstance(norm, model.BatchNorm)
-    seen: list[torch.Tensor] = []
-    norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    evaluation.predict(network, tiny_images.train)
-    maps = torch.cat(seen)
-    torch.testing.assert_close(norm.running_mean, maps.mean(dim=(0, 2, 3)), atol=2e-3, rtol=2e-3)
-    torch.testing.assert_close(norm.running_var, maps.var(dim=(0, 2, 3)), atol=2e-3, rtol=2e-3)
-    assert norm.momentum == 0.4  # as before
-
-
-def test_the_last_statistics_can_be_those_of_augmented_images(tiny_images: data.ImageData) -> None:
-    """Of images altered as the run alters them: drawn from its seed, not from what it has drawn."""
-    settings = dataclasses.replace(SMALL, cutout=16, statistics="augmented images", seed=5)
-    network = training.first_network(tiny_images.train, SMALL)
-    training.settle_statistics(network, tiny_images.train, SMALL)
-    norm = network.between[0][1]
-    clean = norm.running_mean.clone()
-    seen: list[torch.Tensor] = []
-    handle = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-    training.settle_statistics(network, tiny_images.train, settings)
-    handle.remove()
-    maps = torch.cat(seen)
-    torch.testing.assert_close(norm.running_mean, maps.mean(dim=(0, 2, 3)), atol=2e-4, rtol=2e-4)
-    assert not torch.allclose(norm.running_mean, clean, atol=1e-3)
-    augmented = norm.running_mean.clone()
-    torch.randn(9)
-    training.settle_statistics(network, tiny_images.train, settings)
-    assert torch.equal(norm.running_mean, augmented)
-
-
-def test_running_statistics_stay_as_they_are(tiny_images: data.ImageData) -> None:
-    network = training.first_network(tiny_images.train, SMALL)
-    before = network.between[0][1].running_mean.clone()
-    running = dataclasses.replace(SMALL, statistics="running")
-    assert training.settle_statistics(network, tiny_images.train, running) == 0
-    assert torch.equal(network.between[0][1].running_mean, before)
-
-
-def test_no_batch_of_the_last_statistics_is_smaller_than_the_others(
-    tiny_images: data.ImageData,
-) -> None:
-    """All batches have the same weight, so that a ragged one would count for too much."""
-    index = torch.arange(501) % (len(tiny_images.train) - 1)
-    index[-1] = len(tiny_images.train) - 1
-    network = training.first_network(tiny_images.train, SMALL)
-    training.settle_statistics(network, tiny_images.train.subset(index), SMALL)
-    left_out = network.between[0][1].running_mean.clone()
-    training.settle_statistics(network, tiny_images.train.subset(index[:-1]), SMALL)
-    assert torch.equal(left_out, network.between[0][1].running_mean)
-
-
-def test_training_leaves_the_global_generator_alone(tiny_images: data.ImageData) -> None:
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    quiet(tiny_images, SMALL)
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_the_record_holds_every_batch_and_exact_accuracies(tiny_images: data.ImageData) -> None:
-    lines: list[str] = []
-    settings = dataclasses.replace(SMALL, validation=20)
-    network, run = training.train(tiny_images, settings, report=lines.append)
-    batches = -(-(len(tiny_images.train) - 20) // 32)  # as few as there can be
-    assert (len(tiny_images.train) - 20) % 32
-    assert run.batches.groupby("epoch").size().tolist() == [batches] * 3
-    assert run.history["epoch"].tolist() == [1, 2, 3]
-    test = evaluation.accuracy(
-        evaluation.predict(network, tiny_images.test), tiny_images.test.labels
-    )
-    assert run.metrics["test_accuracy"] == test == run.history["test_accuracy"].iloc[-1]
-    kept, held_out = runs.training_parts(tiny_images, settings)
-    for name, part in (("training_accuracy", kept), ("validation_accuracy", held_out)):
-        exact = evaluation.accuracy(evaluation.predict(network, part), part.labels)
-        assert run.metrics[name] == exact
-    assert run.history["training_accuracy"].notna().all()
-    assert len(lines) == 3 and "test" in lines[0] and "left" in lines[0]
-    loaded = evaluation.predict(runs.load_network(run), tiny_images.test)
-    assert evaluation.accuracy(loaded, tiny_images.test.labels) == test
-
-
-def test_running_accuracy_and_loss_are_of_images_not_of_batches(
-    tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def losses_as_large_as_the_batch(network: object, x: torch.Tensor, *others: object) -> tuple:
-        return torch.full((len(x),), float(len(x))), torch.arange(len(x)) == 0
-
-    monkeypatch.setattr(training, "train_batch", losses_as_large_as_the_batch)
-    settings = dataclasses.replace(SMALL, batch_size=60, epochs=1)  # 160 images: 54, 53, 53
-    _, run = quiet(tiny_images, settings)
-    row = run.history.iloc[0]
-    assert row["training_accuracy_running"] == 3 / 160
-    assert row["loss"] == pytest.approx((54 * 54 + 2 * 53 * 53) / 160)
-
-
-def test_a_batch_is_one_step_on_the_smoothed_cross_entropy(tiny_images: data.ImageData) -> None:
-    network = training.first_network(tiny_images.train, SMALL)
-    x = data.normalise(tiny_images.train.images[:32])
-    labels = tiny_images.train.labels[:32]
-    logits = network(x)
-    expected = -(
-        0.9 * logits.log_softmax(1)[range(32), labels] + 0.1 * logits.log_softmax(1).mean(1)
-    )
-    hits = logits.argmax(1) == labels
-    optimizers = training.make_optimizers(network, SMALL)
-    before = [p.detach().clone() for p in network.parameters() if p.requires_grad]
-    weights = torch.arange(32) / 16
-    (weights @ expected / weights.sum()).backward(inputs=list(network.output.parameters()))
-    gradient = network.output.fc[0].weight.grad.clone()
-    losses, right = training.train_batch(network, x, labels, weights, optimizers, smoothing=0.1)
-    torch.testing.assert_close(losses, expected.detach())
-    assert torch.equal(right, hits)
-    torch.testing.assert_close(network.output.fc[0].weight.grad, gradient)
-    after = [p for p in network.parameters() if p.requires_grad]
-    moved = [not torch.equal(old, new) for old, new in zip(before, after)]
-    # The gates move too: they would not, if all branches of a block began alike.
-    assert all(moved)
-
-
-def test_a_small_batch_is_learnt_to_zero_loss(tiny_images: data.ImageData) -> None:
-    wider = dataclasses.replace(SMALL, widths=[16, 32])
-    network = training.first_network(tiny_images.train, wider)
-    network.train()
-    optimizers = training.make_optimizers(network, wider)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(16, 3, 32, 32, generator=generator)  # nothing to generalise: pure memory
-    labels = torch.arange(16) % 10
-    losses = []
-    for step in range(150):
-        training.set_learning_rate(optimizers, step, 150)
-        step_losses, _ = training.train_batch(network, x, labels, torch.ones(16), optimizers, 0.0)
-        losses.append(step_losses.mean())
-    assert losses[0] > 1.5
-    assert losses[-1] < 0.02
-
-
-def test_every_parameter_is_in_one_optimizer(tiny_images: data.ImageData) -> None:
-    network = training.first_network(tiny_images.train, SMALL)
-    muon, adam = training.make_optimizers(network, SMALL)
-    muons = [id(p) for group in muon.param_groups for p in group["params"]]
-    adams = [id(p) for group in adam.param_groups for p in group["params"]]
-    learning = [id(p) for p in network.parameters() if p.requires_grad]
-    assert sorted(muons + adams) == sorted(learning)
-    kernels = {id(c.weight) for block in network.blocks for c in block.branches}
-    assert set(muons) == kernels
-
-
-def test_the_schedule_ends_where_the_run_ends(tiny_images: data.ImageData) -> None:
-    _, run = quiet(tiny_images, SMALL)
-    rates = run.batches["learning_rate"]
-    assert rates.iloc[0] == pytest.approx(SMALL.learning_rate)
-    assert rates.iloc[-1] == pytest.approx(SMALL.learning_rate / len(rates))
-    assert rates.is_monotonic_decreasing
-    assert rates.diff().dropna().std() < 1e-9  # a straight line
-
-
-def test_the_first_epochs_see_small_images_and_the_others_whole_ones(
-    tiny_images: data.ImageData, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step, sizes = training.train_batch, []
-
-    def note_the_size(network: torch.nn.Module, x: torch.Tensor, *arguments: object) -> tuple:
-        sizes.append(tuple(x.shape[2:]))
-        return step(network, x, *arguments)
-
-    monkeypatch.setattr(training, "train_batch", note_the_size)
-    lines: list[str] = []
-    settings = dataclasses.replace(SMALL, first_sizes=[16, 24])
-    training.train(tiny_images, settings, report=lines.append)
-    assert sizes == [(16, 16)] * 5 + [(24, 24)] * 5 + [(32, 32)] * 5
-    assert len(lines) == 3
-    for size, line in zip((16, 24, 32), lines):
-        assert f"{size}×{size}" in line
-
-
-def test_easy_images_left_out_of_an_epoch_are_made_up_for_by_the_others() -> None:
-    losses = torch.tensor([0.1, 0.2, 0.3, 9.0]).repeat(5000)  # three in four below the mean
-    counts = training.importance(losses, 0.6, torch.Generator().manual_seed(0))
-    easy = losses < 1
-    assert (counts[~easy] == 1).all()
-    torch.testing.assert_close(counts[easy].unique(), torch.tensor([0.0, 2.5]))
-    assert (counts[easy] == 0).float().mean() == pytest.approx(0.6, abs=0.02)
-    assert counts.mean() == pytest.approx(1.0, abs=0.02)
-
-
-def test_images_not_seen_yet_are_not_the_easy_ones() -> None:
-    losses = torch.tensor([0.1, 9.0, math.nan]).repeat(50)
-    counts = training.importance(losses, 0.6, torch.Generator().manual_seed(0))
-    assert (counts[losses.isnan()] == 1).all() and (counts == 0).any()
-
-
-def test_an_epoch_without_easy_images_is_shorter_and_the_last_ones_see_all(
-    tiny_images: data.ImageData,
-) -> None:
-    settings = dataclasses.replace(SMALL, epochs=8, skip_easy=0.8)
-    _, run = quiet(tiny_images, settings)
-    images = (run.history["images_per_second"] * run.history["seconds"]).round()
-    assert images.iloc[0] == images.iloc[7] == 160  # nothing is known yet; and the last eighth
-    assert (images.iloc[1:7] < 140).all()
-    rates = run.batches["learning_rate"]
-    assert rates.is_monotonic_decreasing and rates.iloc[-1] == pytest.approx(0.07 / (8 * 5))
-    batches = run.batches.groupby("epoch").size()
-    assert batches.tolist() == [math.ceil(n / 32) for n in images]
-
-
-def test_orthogonal_steps_have_singular_values_near_one() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for shape in ((2, 16, 144), (1, 64, 27)):
-        # The three iterations lift singular values of a tenth of the largest and more.
-        matrices = torch.randn(shape, generator=generator)
-        values = torch.linalg.svdvals(training.orthogonal(matrices, iterations=5))
-        assert values.min() > 0.5 and values.max() < 1.35
-
-
-@pytest.mark.parametrize("shape", [(2, 32, 288), (3, 64, 64), (1, 96, 32)])
-def test_steps_in_bfloat16_are_the_same_to_a_few_hundredths(shape: tuple[int, ...]) -> None:
-    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    exact = training.orthogonal(matrices)
-    rounded = training.orthogonal(matrices, torch.bfloat16)
-    assert rounded.dtype == torch.float32
-    assert 0 < (rounded - exact).norm() / exact.norm() < 0.05
-
-
-def by_singular_values(matrix: torch.Tensor) -> torch.Tensor:
-    """What three Newton–Schulz iterations do: a polynomial of the singular values, three times."""
-    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
-    s = s / s.norm()
-    for _ in range(3):
-        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    return (u * s) @ v
-
-
-def test_muon_keeps_the_norm_of_a_bank_and_moves_it_by_the_learning_rate() -> None:
+def test_muon_keeps_banks_at_their_norm_and_moves_by_its_rate() -> None:
+    torch.manual_seed(0)
     kernel = torch.nn.Parameter(torch.randn(8, 4, 3, 3))
-    optimizer, momentum = training.Muon([kernel], lr=0.1, momentum=0.6), 0
-    for _ in range(3):
-        kernel.grad = torch.randn_like(kernel)
-        momentum = 0.6 * momentum + kernel.grad
-        kept = (kernel * (8**0.5 / kernel.norm())).detach().clone()
-        optimizer.step()
-        step = (kernel.detach() - kept).double() / -0.1
-        expected = by_singular_values((kernel.grad + 0.6 * momentum).flatten(1))  # Nesterov's
-        torch.testing.assert_close(step.flatten(1), expected, rtol=1e-3, atol=1e-3)
+    optimizer = Muon([kernel], lr=0.1, momentum=0.5, precision=torch.float32)
+    kernel.grad = torch.randn_like(kernel)
+    before = kernel.detach() * (8**0.5 / kernel.detach().norm())
+    optimizer.step()
+    step = (before - kernel.detach()) / 0.1
+    matrix = step.permute(0, 2, 3, 1).flatten(1)
+    assert torch.linalg.svdvals(matrix).min() > 0.3
+    direction = (1.5 * kernel.grad).permute(0, 2, 3, 1).flatten(1)  # Nesterov's, first step
+    assert torch.allclose(matrix, orthogonal(direction[None])[0], atol=1e-5)
 
 
-def test_the_first_network_passes_its_input_on_and_no_two_branches_are_alike(
-    tiny_images: data.ImageData,
+def test_every_parameter_has_one_optimizer_and_gates_their_own_rate() -> None:
+    network = Settings(**GIVEN).network()
+    optimizers = make_optimizers(network, SETTINGS)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    held = [id(p) for group in groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in network.parameters() if p.requires_grad)
+    assert [group["lr"] for group in groups] == [0.07, 0.014, 0.0003]
+    set_learning_rate(optimizers, 0.5)
+    assert [group["lr"] for group in groups] == [0.035, 0.007, 0.00015]
+
+
+def test_infobatch_keeps_the_expected_weight_and_drops_easy_images_only() -> None:
+    losses = torch.cat([torch.zeros(4000), torch.ones(4000), torch.full((100,), torch.nan)])
+    weights = importance(losses, 0.5, torch.Generator().manual_seed(0))
+    assert set(weights[:4000].tolist()) == {0.0, 2.0}
+    assert weights[:4000].mean() == pytest.approx(1, abs=0.05)
+    assert (weights[4000:] == 1).all()
+
+
+def test_batch_norm_is_recalibrated_on_images_augmented_as_in_training(images: ImageData) -> None:
+    network = training.first_network(images.train, SETTINGS)
+    training.recalibrate(network, images.train, SETTINGS)
+    generator = torch.Generator().manual_seed(SETTINGS.seed)
+    augmentation = training.augmentation_of(SETTINGS, 160, generator)
+    ((x, *_),) = data.training_loader(images.train, 160, augmentation, generator)
+    with torch.no_grad():
+        y = network.between[0].pool(network.blocks[0](network.stem(x)))
+    assert torch.allclose(network.between[0].norm.running_mean, y.mean(dim=(0, 2, 3)), atol=1e-5)
+
+
+def test_first_weights_pass_x_on_and_branches_differ(images: ImageData) -> None:
+    one, other = (training.first_network(images.train, SETTINGS) for _ in range(2))
+    assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
+    three, single = (C.weight.detach() for C in one.blocks[1].branches)
+    assert three[range(8), range(8), 1, 1].mean() == pytest.approx(1, abs=0.15)
+    assert not torch.allclose(three[..., 1, 1], single[..., 0, 0])
+
+
+def test_nothing_in_the_process_changes_before_training_begins() -> None:
+    code = "import torch\nfrom helpers import runs, training\nx = torch.tensor([1e-40])\n"
+    code += "assert float((x * 1).sum()) > 0, 'denormals are flushed'"
+    subprocess.run([sys.executable, "-c", code], cwd=project.ROOT, check=True)
+
+
+def test_the_transient_line_is_shown_to_a_terminal_only(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alike = dataclasses.replace(SMALL, kernel_size=3)
-    network = training.first_network(tiny_images.train, alike)
-    for block in network.blocks:
-        one, two = block.branches
-        assert (one.weight - two.weight).abs().mean() > 0.01
-        for filter_number in range(8):
-            centre = one.weight[filter_number, filter_number, 1, 1]
-            assert centre == one.weight[filter_number].max() > 0.8
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    training.show_progress("batch 1")
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("JPY_SESSION_NAME", "notebook")
+    training.show_progress("batch 1")
+    assert capsys.readouterr().out.startswith("\r")
+
+
+def test_float16_scales_its_gradients(images: ImageData) -> None:
+    """On a CPU, with the scaler that a GPU without bfloat16 gets."""
+    network = training.first_network(images.train, SETTINGS)
+    optimizers = make_optimizers(network, SETTINGS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = network.output.fc.weight.clone()
+    x, labels = data.normalise(images.train.images[:32]), images.train.labels[:32]
+    step = (network, optimizers, scaler, torch.float16, 0.1, x, labels, torch.ones(32))
+    losses, hits = training.train_step(*step)
+    assert losses.isfinite().all()
+    assert hits.shape == (32,)
+    assert not torch.equal(before, network.output.fc.weight)
+    gate = network.blocks[0].fc.weight.grad
+    assert gate.abs().max() < 10  # unscaled before the step

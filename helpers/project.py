@@ -1,0 +1,85 @@
+"""What every module needs: where things are, how files are written, how errors are told."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO
+
+ROOT = Path(__file__).resolve().parent.parent
+PRESETS = ROOT / "notebooks" / "parameters"
+RUNS = ROOT / "notebooks" / "runs"
+BENCHMARKS = ROOT / "notebooks" / "benchmarks"
+FIGURES = ROOT / "figures"
+
+
+class ProjectError(Exception):
+    """Something a user can mend; the message is one sentence that names it and the remedy."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows instead of a traceback (in notebooks, and so in papermill)."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+def shown(path: Path) -> str:
+    """A path as a reader knows it: from the project's root, if it is inside."""
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.as_posix()
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The one to three known names most like a wrong one, and how many there are."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if not close:
+        return f"none of the {len(known)} known names is like it"
+    return f"did you mean {' or '.join(close)}? ({len(known)} are known)"
+
+
+def write_file(
+    path: Path, content: str | bytes | Callable[[IO[bytes]], object], keep: Path | None = None
+) -> None:
+    """Write a file aside, sync it and move it into place, so that readers find it whole.
+
+    Args:
+        content: text (as UTF-8), bytes, or a function that writes into an open file.
+        keep: where the file that was there before is moved to.
+    """
+    aside = path.with_name(path.name + ".new")
+    if isinstance(content, str):
+        content = content.encode("utf-8")
+    try:
+        with aside.open("wb") as file:
+            content(file) if callable(content) else file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.is_file():
+            path.replace(keep)
+        aside.replace(path)
+    finally:  # half a file would take the room that the next one needs
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
+@contextlib.contextmanager
+def command(kept: str) -> Iterator[None]:
+    """The frame of a command: errors that a user can cause end in one sentence and status 1.
+
+    Args:
+        kept: said when it is stopped from the keyboard: what is kept.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # not a text stream of Python's own
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except ProjectError as error:
+        sys.exit(str(error))
+    except OSError as error:  # a full disk, a folder that may not be written
+        where = shown(Path(error.filename)) if error.filename else "A file"
+        sys.exit(f"{where} cannot be written or read: {error.strerror or error}.")
+    except KeyboardInterrupt:
+        sys.exit(f"Stopped from the keyboard; {kept}.")

@@ -1,0 +1,102 @@
+"""The report: the five notebooks in order, and their pages for a browser.
+
+    python -m helpers.report --preset small --seed 0
+    python -m helpers.report --publish --only 01 02
+
+The first executes copies of the notebooks in report/<run>/ and renders them there; stopped and
+started again, it goes on. The second stores in notebooks/ what the notebooks give with their own
+parameters. Both end with the sheet's PDF.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from helpers import data, runs
+from helpers.project import command, shown
+from helpers.record import free_name
+from helpers.report import execute
+from helpers.report.pages import render, write_overview
+from helpers.report.pdf import make_pdf
+from helpers.settings import Settings, read_preset
+
+NUMBERS = [name[:2] for name in execute.SEQUENCE]
+
+
+def make_report(preset: str, seed: int) -> Path:
+    """Execute the notebooks with a preset and a seed, one run for all, and render them.
+
+    Returns:
+        the page to begin with, `report/<run>/index.html`.
+
+    Raises:
+        ParameterError: the preset or the seed cannot be used.
+        ReportError: a notebook stopped, or this report is being made by another process.
+    """
+    parameters = read_preset(preset) | {"seed": seed}
+    settings, images = Settings(**parameters), data.load_data()
+    config = settings.model_dump(mode="json") | {"dataset": images.name}
+    run = free_name(settings.run_name, config)
+    folder = execute.REPORT / run
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            print(f"Preset {preset}, run {run}, into {shown(folder)}", flush=True)
+            for name in execute.SEQUENCE:
+                target, given = folder / f"{name}.ipynb", parameters | {"run": run}
+                notebook = execute.execute(name, target, given)
+                render(notebook, target.with_suffix(".html"), images.name)
+                print(f"{name:<20} {notebook.metadata.papermill.duration:6.0f} s", flush=True)
+            made = runs.read(run)
+            make_pdf(made, folder / "report.pdf")
+            return write_overview(made, images, folder)
+    except Timeout:
+        raise execute.ReportError(
+            f"{shown(folder)} is being made by another process; wait for it, or use another seed."
+        ) from None
+
+
+def publish(numbers: list[str]) -> None:
+    """Execute notebooks with their own parameters and store the outputs in `notebooks/`; with 04
+    comes the PDF of the run that it analyses.
+
+    Raises:
+        ReportError: a notebook stopped, its outputs hold faults, or the data are not CIFAR-10.
+    """
+    if data.load_data().name != "cifar10":
+        raise execute.ReportError("Outputs are stored for CIFAR-10, and here is the stand-in data.")
+    for name in (name for name in execute.SEQUENCE if name[:2] in numbers):
+        target = execute.REPORT / "published" / f"{name}.ipynb"
+        execute.store_outputs(name, execute.execute(name, target, {}))
+        print(f"{name} is stored", flush=True)
+    if execute.ANALYSIS[:2] in numbers:
+        make_pdf(runs.read(execute.submitted()), execute.NOTEBOOKS / "report.pdf")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m helpers.report", None, __doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--preset", help="a file in notebooks/parameters/; otherwise small")
+    parser.add_argument("--seed", type=int, help="otherwise 0")
+    parser.add_argument("--publish", action="store_true", help="store outputs in notebooks/")
+    parser.add_argument("--only", nargs="+", choices=NUMBERS, help="publish only these")
+    options = parser.parse_args(arguments)
+    if options.only and not options.publish:
+        parser.error("--only goes with --publish")
+    if options.publish and (options.preset, options.seed) != (None, None):
+        parser.error("--publish takes the notebooks' own parameters")
+    with command("what was executed is in report/"):
+        if options.publish:
+            publish(options.only or NUMBERS)
+        else:
+            preset = "small" if options.preset is None else options.preset
+            print(f"Begin with {shown(make_report(preset, options.seed or 0))}")
+
+
+if __name__ == "__main__":
+    main()

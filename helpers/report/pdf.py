@@ -1,0 +1,92 @@
+"""The sheet's PDF of one run, at most three pages: `report.typ` makes every sentence from the run's
+own parameters and record."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import typst
+
+from helpers import evaluation, figures, runs, study
+from helpers.model import layer_table
+from helpers.project import shown, write_file
+from helpers.report.execute import ReportError, submitted
+
+ROWS = 22  # of the table of layers: more would take the place of something else
+
+
+def make_pdf(run: runs.Run, target: Path) -> None:
+    """Typeset the PDF of a run.
+
+    Raises:
+        ReportError: it could not be typeset.
+    """
+    template = Path(__file__).with_name("report.typ")
+    given = {"data": json.dumps(pdf_content(run) | {"plots": plots(run)})}
+    try:
+        write_file(target, typst.compile(template, sys_inputs=given))
+    except typst.TypstError as error:
+        raise ReportError(f"{shown(target)} could not be typeset: {str(error)[:150]}.") from None
+
+
+def plots(run: runs.Run) -> dict[str, str]:
+    """The figures that the PDF and the overview show, as SVG, in which their text has its size."""
+    figures.use_style()
+    drawn = {
+        "block": figures.block_diagram(),
+        "network": figures.network_diagram(run.settings.network()),
+        "losses": figures.batch_losses(run.batches, list(run.history["size"])),
+        "accuracy": figures.accuracy_by_epoch(run.history),
+    }
+    drawn["network"].set_size_inches(6.7, 1.9)  # flat: the first page has to hold much
+    drawn["network"].axes[0].set_ylabel("feature map\nin pixels")
+    written = {name: io.StringIO() for name in drawn}
+    for name, file in written.items():
+        drawn[name].savefig(file, format="svg", metadata={"Date": None})
+    return {name: file.getvalue() for name, file in written.items()}
+
+
+def pdf_content(run: runs.Run) -> dict[str, Any]:
+    """What `report.typ` makes its sentences of. The project's history belongs to its own run."""
+    settings, metrics = run.settings, run.metrics
+    of_project = run.name == submitted() and metrics["dataset"] == "cifar10"
+    images = settings.test_images or 10_000
+    return {
+        "settings": settings.model_dump(),
+        "metrics": metrics,
+        "hardware": runs.hardware_of(run),
+        "images": images,
+        "interval": evaluation.interval(round(metrics["test_accuracy"] * images), images),
+        "layers": layers_in_short(layer_table(settings.network())),
+        "seeds": records(runs.seeds_of(run)),
+        "ladder": records(study.ladder()) if of_project else [],
+        "history": records(runs.history()) if of_project else [],
+    }
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table, with None for what is missing."""
+    return json.loads(table.to_json(orient="records"))
+
+
+def layers_in_short(layers: pd.DataFrame) -> list[list[str]]:
+    """The rows of `layer_table` as text. What follows a block stands in its row, and blocks that
+    look the same share a row; parameters and multiply-adds are sums."""
+    layers = layers.rename(index=lambda name: name.removeprefix("after ")).reset_index()
+    together = {"what": "; ".join, "output": "last", "parameters": "sum", "multiply_adds": "sum"}
+    layers = layers.groupby("layer", sort=False, as_index=False).agg(together)
+    looks = layers[["what", "output"]]
+    rows = []
+    for _, own in layers.groupby((looks != looks.shift()).any(axis=1).cumsum()):
+        first, last = own["layer"].iloc[[0, -1]]
+        name = first if first == last else f"{first}–{last}"
+        costs = f"{own['parameters'].sum():,}", f"{own['multiply_adds'].sum() / 1e6:.1f}"
+        what = own["what"].iloc[0].removeprefix("branches ")
+        rows.append([name, what, own["output"].iloc[0], *costs])
+    if len(rows) > ROWS:
+        rows[ROWS:] = [["…", f"{len(rows) - ROWS} more rows", "", "", ""]]
+    return rows
