@@ -251,9 +251,10 @@ def nearest_training_images(test: Tensor, train: Tensor) -> tuple[Tensor, Tensor
 
     projected = torch.cat([project(some) for some in train.split(2000)])
     squares, found = projected.square().sum(1), []
-    for some in torch.arange(len(test)).split(250):
+    for some in torch.arange(len(test)).split(100):  # 20 MB at a time
         here = project(test[some])
-        bounds = torch.addmm(squares, here, projected.T, alpha=-2) + here.square().sum(1)[:, None]
+        bounds = torch.addmm(squares, here, projected.T, alpha=-2)
+        bounds += here.square().sum(1, keepdim=True)
         limits = measure(some, bounds.argmin(1)).square() + 1  # 1: for rounding
         rows, columns = (bounds < limits[:, None]).nonzero().T
         distance = measure(some[rows], columns)

@@ -1,13 +1,11 @@
-"""What a network predicts: how often it is right, how sure it is, and what its weights a tell.
-
-`predict` gives logits; accuracy, confusion and confidence are functions of logits and labels, and
-everything about a is a function of what `gates` gives. All shares are fractions of one.
-"""
+"""What a network predicts, how sure it is, what its weights a tell: from the logits of `predict`
+and the a of `gates`. All shares are fractions of one."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -16,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
 from sklearn.linear_model import LinearRegression, LogisticRegression
@@ -31,7 +30,6 @@ from helpers.data import ImageSet, evaluation_loader
 from helpers.model import BlockNetwork, IntermediateBlock
 
 PUBLISHED, PUBLISHED_MINUTES = 0.8851, 57  # the published report: test accuracy, GPU minutes
-
 BATCH = 250  # images; on a CPU up to a fifth quicker than 500
 # Views of an image: mirrored?, pixels down and to the right, weight. Those of TTA (test-time
 # augmentation) are of cifar10-airbench (K. Jordan).
@@ -106,9 +104,8 @@ def mean_and_deviation(values: pd.Series, digits: int) -> str:
 
 
 def paired_difference(first: Tensor, second: Tensor) -> tuple[float, float, float]:
-    """How much more often the first of two networks is right, and the 95% interval of that, from
-    `is_correct` of both: Wald's for paired proportions with half an image added to each cell of the
-    2×2 table, without which it is too narrow (Agresti and Min, Statistics in Medicine 2005)."""
+    """How much more often the first of two networks is right, from `is_correct` of both, and its
+    95% interval: Wald's with half an image added to each cell of the 2×2 table (Agresti, Min)."""
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     gained, differing, n = only_first - only_second, only_first + only_second + 1, len(first) + 2
     half = 1.96 * math.sqrt(differing - gained**2 / n) / n
@@ -121,8 +118,7 @@ def confusion(logits: Tensor, labels: Tensor) -> np.ndarray:
 
 
 def confused_pairs(counts: np.ndarray, names: Sequence[str]) -> pd.DataFrame:
-    """Pairs of classes by the mistakes between them, in both directions together, most first:
-    columns `pair`, `mistakes`, `share of mistakes`."""
+    """Pairs of classes by the mistakes between them, in both directions together, most first."""
     first, second = np.triu_indices(len(names), k=1)
     pairs = [f"{names[i]} – {names[j]}" for i, j in zip(first, second)]
     table = pd.DataFrame({"pair": pairs, "mistakes": (counts + counts.T)[first, second]})
@@ -131,8 +127,7 @@ def confused_pairs(counts: np.ndarray, names: Sequence[str]) -> pd.DataFrame:
 
 
 def class_table(counts: np.ndarray, names: Sequence[str]) -> pd.DataFrame:
-    """A row for each class, from the counts of `confusion`: columns `images`, `accuracy` and its
-    95% interval, `low` and `high`."""
+    """Accuracy of each class and its 95% interval, `low` to `high`, from `confusion`."""
     right, n = counts.diagonal(), counts.sum(axis=1)
     table = pd.DataFrame({"images": n}, index=pd.Index(names, name="class"))
     table["accuracy"] = right / table["images"]
@@ -186,8 +181,7 @@ def with_fitted_temperature(logits: Tensor, labels: Tensor) -> tuple[Tensor, lis
 
 
 def selective(logits: Tensor, labels: Tensor) -> pd.DataFrame:
-    """Accuracy if only the images of greatest confidence are answered. A row an image, the surest
-    first: `answered` (the share of images up to it), `accuracy` of those, its `confidence`."""
+    """Accuracy on the surest images: a row an image, with the share answered up to it."""
     sure, order = confidence(logits).sort(descending=True, stable=True)
     right, count = is_correct(logits, labels)[order].numpy(), np.arange(1, len(order) + 1)
     shares = {"answered": count / len(order), "accuracy": right.cumsum() / count}
@@ -203,7 +197,7 @@ CORRUPTIONS = {  # and their strengths, from weak to strong
 
 
 def corrupted(images: Tensor, corruption: str, strength: float) -> Tensor:
-    """Images, uint8 n×3×h×w on the CPU, after one of `CORRUPTIONS`; the noise is always the same."""
+    """Images, uint8 n×3×h×w on the CPU, after one of `CORRUPTIONS`; the noise is fixed."""
     if corruption.startswith("noise"):
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
         return (images + strength * noise).round().clamp(0, 255).to(torch.uint8)
@@ -211,13 +205,15 @@ def corrupted(images: Tensor, corruption: str, strength: float) -> Tensor:
         return transforms.gaussian_blur(images, 2 * round(3 * strength) + 1, 2 * [strength])
     if corruption.startswith("contrast"):
         return transforms.adjust_contrast(images, strength)
-    return transforms.jpeg(images, strength)
+    files = [io.BytesIO() for _ in images]
+    for image, file in zip(images, files):
+        transforms.to_pil_image(image).save(file, "jpeg", quality=strength)
+    return torch.stack([transforms.pil_to_tensor(Image.open(file)) for file in files])
 
 
 def robustness(network: nn.Module, images: ImageSet, precision: torch.dtype) -> pd.DataFrame:
-    """Accuracy on corrupted images (after Hendrycks and Dietterich, arXiv 1903.12261). A row for
-    each corruption and strength: `corruption`, `step` (0: untouched images, 1 … 5), `strength` (NaN
-    for step 0), `images`, `accuracy` and its 95% interval, `low` and `high`."""
+    """Accuracy on corrupted images (after Hendrycks and Dietterich, arXiv 1903.12261), with its 95%
+    interval, `low` to `high`: a row for each corruption and strength, step 0 for untouched ones."""
     n, untouched, rows = len(images), images.images.cpu(), []
     for corruption, strengths in CORRUPTIONS.items():
         for step, strength in enumerate([math.nan, *strengths]):
@@ -258,16 +254,14 @@ def explained_by_colour(a: Tensor, images: Tensor) -> float:
     deviation of red, green and blue explains, by cross-validation; NaN for a constant a."""
     if float(a.std(dim=0).max()) < 1e-6:
         return math.nan
-    pixels = images.cpu().flatten(2).float()
-    colour = torch.cat([pixels.mean(dim=2), pixels.std(dim=2)], dim=1).numpy()
+    colour = torch.cat(torch.std_mean(images.cpu().flatten(2).float(), dim=2), dim=1).numpy()
     folds = KFold(5, shuffle=True, random_state=0)
     predicted = cross_val_predict(LinearRegression(), colour, a.numpy(), cv=folds)
     return float(r2_score(a.numpy(), predicted, multioutput="variance_weighted"))
 
 
 def kernel_similarity(block: IntermediateBlock) -> float:
-    """The mean cosine between the kernels of any two branches, out×in×k×k each taken as one vector,
-    smaller kernels with zeros around them; NaN for L = 1."""
+    """The mean cosine between any two branches' kernels, padded with zeros to one size; or NaN."""
     widest = max(W.shape[-1] for W in block.kernels())
     kernels = [F.pad(W.detach(), 4 * [(widest - W.shape[-1]) // 2]) for W in block.kernels()]
     vectors = F.normalize(torch.stack(kernels).flatten(1).double())  # L×(out·in·k·k)
@@ -278,9 +272,8 @@ def kernel_similarity(block: IntermediateBlock) -> float:
 def with_replaced_gates(
     network: BlockNetwork, a: Sequence[Tensor], what: str, among: Sequence[int] = ()
 ) -> BlockNetwork:
-    """A copy of the network in which every image gets other weights than its own: the `"mean"` of
-    each block's `a` (K tensors N×L, from `gates`), or, `"shuffled"`, those of the image before it
-    in the batch; in the blocks `among`, counted from 1, or in all."""
+    """A copy of the network that gives an image other weights, in the blocks `among`, from 1, or in
+    all: the `"mean"` of a, from `gates`, or, `"shuffled"`, those of the image before it."""
     changed = copy.deepcopy(network)
     for k in among or range(1, len(a) + 1):
         block, mean = changed.blocks[k - 1], a[k - 1].mean(dim=0)

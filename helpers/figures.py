@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
-from matplotlib.transforms import Bbox
 from pandas import DataFrame, Series
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from helpers.project import FIGURES, shown, write_file
 
 COLOURS = sns.color_palette("colorblind")  # the same for the same thing in every figure
 TRAINING, TEST, VALIDATION, REFERENCE = COLOURS[0], COLOURS[1], COLOURS[2], (0.4, 0.4, 0.4)
+DASHED = {"color": REFERENCE, "linestyle": "--"}
 BLOCK, GATE, POOLING = COLOURS[9], COLOURS[4], COLOURS[7]
 LAYERS = {"image": "white", "stem": COLOURS[5], "output": COLOURS[8]}
 CHANNELS = {"red": COLOURS[3], "green": COLOURS[2], "blue": COLOURS[0]}
@@ -91,13 +92,10 @@ def _intervals(table: DataFrame, of: str = "accuracy") -> np.ndarray:
 
 # ---- 01 data exploration
 def _grid(rows: Sequence[Tensor], names: Names = (), titles: Names = ()) -> Figure:
-    """Rows of images, n×3×h×w each (uint8, or floats from 0 to 1), with names of the rows, and
-    titles of the images from left to right and from top to bottom."""
-    columns, lines = max(map(len, rows)), [title.split("\n") for title in titles] or [[""]]
+    """Rows of images, n×3×h×w each (uint8, or floats in 0…1), named, or with a title an image."""
+    columns, lines = max(map(len, rows)), max([0, *(1 + title.count("\n") for title in titles)])
     side = WIDTH / (columns + 1.5 * bool(names))  # of an image, in inches
-    size = min(12, 115 * side / max(1, *(len(line) for title in lines for line in title)))
-    height = len(rows) * max([side, *(0.21 * (1 + name.count("\n")) for name in names)])
-    height += 0.22 * max(map(len, lines)) * -(-len(titles) // columns)
+    height = len(rows) * side + 0.2 * lines * len(titles) / columns
     drawn, axes = _panels(len(rows), columns, height)
     drawn.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
     for place, image in itertools.chain(*map(itertools.zip_longest, axes, rows)):
@@ -107,7 +105,7 @@ def _grid(rows: Sequence[Tensor], names: Names = (), titles: Names = ()) -> Figu
     for place, name in zip(axes[:, 0], names):
         place.set_ylabel(name, rotation=0, ha="right", va="center")
     for place, title in zip(axes.flat, titles):
-        place.set_title(title, fontsize=size)
+        place.set_title(title, fontsize=8.5)
     return drawn
 
 
@@ -129,8 +127,8 @@ def pairs(first: Tensor, second: Tensor, titles: Names) -> Figure:
 def channel_levels(shares: Tensor, n: int) -> Figure:
     """The share of the pixels of n images at each level 0…255 in each of the channels: 3×256."""
     drawn, axes = _axes("level of a pixel, 0 to 255", "share of pixels in %")
-    for (name, colour), share, line in zip(CHANNELS.items(), shares, ("-", "--", ":")):
-        axes.plot(100 * share.numpy(), color=colour, linestyle=line, label=name)
+    table = DataFrame(100 * shares.T.numpy(), columns=list(CHANNELS))
+    sns.lineplot(table, palette=CHANNELS, ax=axes)
     axes.set_ylim(0, None)
     axes.legend(title=f"channel (n = {n:,} images)")
     return drawn
@@ -141,7 +139,7 @@ def nearest_distances(distances: Tensor, limit: float) -> Figure:
     xlabel = "distance to the nearest training image,\nrelative to the test image's own contrast"
     drawn, axes = _axes(xlabel, f"test images (n = {len(distances):,})")
     axes.hist(distances.numpy(), bins=np.arange(0, 1.55, 0.05), color=TEST)
-    axes.axvline(limit, color=REFERENCE, linestyle="--", label=f"near-duplicates: under {limit:g}")
+    axes.axvline(limit, label=f"near-duplicates: under {limit:g}", **DASHED)
     axes.legend(loc="upper left")
     return drawn
 
@@ -183,11 +181,11 @@ def network_diagram(network: BlockNetwork) -> Figure:
     shapes = {name: [int(n) for n in f"{text}×1".split("×")][:2] for name, text in outputs.items()}
     names = [name for name in shapes if not name.startswith("after")]
     drawn, axes = _axes("layer and channels of its output", "feature map in pixels")
-    scale = 0.7 / max(channels for channels, _ in shapes.values())
+    scale, edge = 0.7 / max(channels for channels, _ in shapes.values()), {"edgecolor": "black"}
     for x, name in enumerate(names):
         channels, size = shapes[name]
         _, after = shapes.get(f"after {name}", shapes[name])
-        wide, edge = max(channels * scale, 0.06), {"edgecolor": "black"}
+        wide = max(channels * scale, 0.06)
         axes.bar(x, size, wide, color=LAYERS.get(name, BLOCK), **edge)
         if after != size:
             axes.bar(x + wide / 2 + 0.06, after, 0.08, color=POOLING, label="after pooling", **edge)
@@ -212,19 +210,14 @@ def whitening_filters(weight: Tensor) -> Figure:
 
 
 def branch_cost(table: DataFrame) -> Figure:
-    """The time of a training step against L, a panel a precision, from a benchmark's columns
-    `precision`, `implementation`, `L` and `ratio`: the time relative to the reference, L = 1."""
-    groups = table.sort_values("L").groupby("precision", sort=False)
+    """The time of a training step, `ratio`, against `L`, a panel a `precision` of a benchmark."""
+    groups = table.replace({"implementation": {"auto": "mixed, if faster"}}).groupby("precision")
     drawn, panels = _panels(1, len(groups), 3.6, sharey=True)
     for axes, (precision, group) in zip(panels.flat, groups):
-        for name, own in group.groupby("implementation"):
-            line, colour = ("s--", REFERENCE) if name == "reference" else ("o-", BLOCK)
-            label = "mixed, if faster" if name == "auto" else name
-            axes.plot(own["L"], own["ratio"], line, color=colour, label=label)
-        axes.set(xlabel="branches L", title=precision, ylim=(0, None))
-        axes.set_xticks(sorted(table["L"].unique()))
+        kinds = {"hue": "implementation", "style": "implementation", "markers": True}
+        sns.lineplot(group, x="L", y="ratio", errorbar=None, ax=axes, **kinds)
+        axes.set(xlabel="branches L", title=precision, xticks=table["L"].unique(), ylim=(0, None))
     panels[0, 0].set_ylabel("time of a training step,\nrelative to the reference, L = 1")
-    panels[0, 0].legend(title="implementation")
     return drawn
 
 
@@ -242,13 +235,12 @@ def losses(losses: dict[str, Sequence[float]]) -> Figure:
 
 # ---- 03 training
 def _shade_reduced(axes: Axes, sizes: Sequence[int], bounds: Sequence[float]) -> None:
-    """Shade the epochs of reduced resolution, of these image sizes, which begin at these bounds."""
-    sizes = np.array([*sizes, IMAGE_SIZE])
-    reduced = sizes < IMAGE_SIZE
-    if reduced.any():
-        label = f"trained at {' and '.join(map(str, np.unique(sizes[reduced])))} pixels"
-        style = {"color": "0.9", "linewidth": 0, "zorder": 0, "step": "post", "label": label}
-        axes.fill_between(bounds, reduced, transform=axes.get_xaxis_transform(), **style)
+    """Shade a run's first epochs, of reduced image sizes, which begin at these bounds."""
+    reduced = [size for size in sizes if size < IMAGE_SIZE]
+    if reduced:
+        label = f"trained at {' and '.join(map(str, sorted(set(reduced))))} pixels"
+        style = {"color": "0.9", "linewidth": 0, "zorder": 0, "label": label}
+        axes.axvspan(bounds[0], bounds[len(reduced)], **style)
 
 
 def schedules(learning_rates: Sequence[float], sizes: Sequence[int]) -> Figure:
@@ -274,20 +266,19 @@ def batch_losses(batches: DataFrame, sizes: Sequence[int]) -> Figure:
 
 
 def accuracy_by_epoch(history: DataFrame, published: float | None = None) -> Figure:
-    """Training, test and, if there is one, validation accuracy after each epoch of a run's
-    `history`, the tail enlarged, beside a published accuracy (a fraction of one)."""
+    """Accuracies after each epoch of a run's `history`; a published one; the tail enlarged."""
     n, test = len(history), 100 * history["test_accuracy"]
     floor = min(90, (test.iloc[-1] - 2) // 5 * 5)  # of the tail, in %
-    enlarged, rare = n >= 5 and floor >= 50, -(-n // 12)  # more markers would hide the lines
+    enlarged = n >= 5 and floor >= 50
     drawn, panels = _panels(1, 1 + enlarged, 4.1)
     for axes in panels.flat:
         for column, (name, colour, line) in CURVES.items():
-            style = {"color": colour, "label": name, "markevery": ((n - 1) % rare, rare)}
+            style = {"color": colour, "label": name, "markersize": 5, "markevery": -(-n // 12)}
             if history[column].notna().any():
-                axes.plot(history["epoch"], 100 * history[column], line, markersize=5, **style)
+                axes.plot(history["epoch"], 100 * history[column], line, **style)
         if published is not None:
             label = f"published report, {100 * published:.2f} %"
-            axes.axhline(100 * published, color=REFERENCE, linestyle="--", label=label)
+            axes.axhline(100 * published, label=label, **DASHED)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         axes.set(xlabel="epoch", ylabel="accuracy in %", xlim=(0.5, n + 0.5))
         _shade_reduced(axes, history["size"], np.arange(n + 1) + 0.5)
@@ -300,41 +291,24 @@ def accuracy_by_epoch(history: DataFrame, published: float | None = None) -> Fig
 
 
 # ---- 04 analysis
-def _name_points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    """Write the names of points (name, x, y) beside them, where nothing else stands."""
-    axes.figure.draw_without_rendering()  # now places on the page are known
-    centres = axes.transData.transform([(x, y) for _, x, y in points])
-    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in centres]
-    for name, *point in points:
-        for up, side in itertools.product((0, 12, -12, 24, -24), (8, -8)):
-            style = {"ha": "left" if side > 0 else "right", "va": "center", "fontsize": 10}
-            text = axes.annotate(name, point, (side, up), textcoords="offset points", **style)
-            box = text.get_window_extent()
-            if axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and not box.count_overlaps(taken):
-                break
-            text.set_visible(False)
-        text.set_visible(True)  # the last place, if none is free
-        taken.append(box)
-
-
 def accuracy_by_time(results: DataFrame, peers: DataFrame, published: tuple = ()) -> Figure:
-    """Test accuracy against minutes of training, of this project's presets and of others, from
-    columns `name`, `minutes`, `accuracy`, `deviation`, `n`; published: accuracy and minutes."""
+    """Test accuracy against minutes of training; of the published report, the two are given."""
     drawn, axes = _axes("minutes of training", "test accuracy in % (bars: ± sd)", height=4.2)
-    points = []
-    for table, label, colour in ((results, "this project", TEST), (peers, "others", REFERENCE)):
+    if published:
+        report = DataFrame([("published report", *published, 1)])
+        axes.plot(published[1], 100 * published[0], "*", color=REFERENCE, markersize=13)
+        peers = pd.concat([peers, report.set_axis(["name", "accuracy", "minutes", "n"], axis=1)])
+    groups = ("this project", results, TEST, "left", 8), ("others", peers, REFERENCE, "right", -8)
+    for label, table, colour, ha, side in groups:
         known = table.dropna(subset=["minutes", "accuracy"])
         x, y, deviation = known["minutes"], 100 * known["accuracy"], 100 * known["deviation"]
-        axes.errorbar(x, y, deviation, fmt="o", color=colour, label=label if len(x) else "_")
-        points += zip(map("{} (n = {:g})".format, known["name"], known["n"]), x, y)
-    if published:
-        points.append(("published report (n = 1)", published[1], 100 * published[0]))
-        axes.plot(*points[-1][1:], "*", color=REFERENCE, markersize=13)
+        axes.errorbar(x, y, deviation, fmt="o", color=colour, label=label)
+        for *point, name, n in zip(x, y, known["name"], known["n"]):
+            style = {"textcoords": "offset points", "ha": ha, "va": "center", "fontsize": 10}
+            axes.annotate(f"{name} (n = {n:g})", point, (side, 0), **style)
     axes.set(xscale="log", xmargin=0.15, ymargin=0.12)
     axes.xaxis.set(major_locator=LogLocator(subs=(1, 3)), major_formatter="{x:g}")
-    if points:
-        drawn.legend(loc="outside upper center", ncols=3)
-        _name_points(axes, points)
+    drawn.legend(loc="outside upper center", ncols=3)
     return drawn
 
 
@@ -349,46 +323,39 @@ def seeds(seeds: DataFrame, published: float | None = None) -> Figure:
         axes.plot(values, range(n), "o", color=TEST, markerfacecolor=inside, label=label)
         axes.axvline(values.mean(), color=TEST, linestyle=line, linewidth=1)
     if published is not None and abs(values.mean() - 100 * published) < 2:  # else no room is left
-        label = f"published report, {100 * published:.2f} %"
-        axes.axvline(100 * published, color=REFERENCE, linestyle="--", label=label)
+        axes.axvline(100 * published, label=f"published report, {100 * published:.2f} %", **DASHED)
     drawn.legend(loc="outside upper center", ncols=2)
     return drawn
 
 
-def ladder(table: DataFrame, measured: str = "validation accuracy") -> Figure:
-    """What each change adds, from the basic network in the first row downwards: a line leads from
-    the last row that was `kept` to a row's `accuracy` (a fraction of one); `step` in words."""
+def ladder(table: DataFrame) -> Figure:
+    """What each `step` adds, a line from the `accuracy` of the last row that was `kept`."""
     rows, kept = np.arange(len(table))[::-1], table["kept"].to_numpy(bool)
     y = 100 * table["accuracy"].to_numpy()
-    base = Series(y).where(kept).ffill().shift(fill_value=y[0])
-    drawn, axes = _rows(table["step"][::-1], f"{measured} in % (n = 1)")
-    axes.hlines(rows, base, y, color=VALIDATION, linewidth=2.5, zorder=1)
+    gains = y - Series(y).where(kept).ffill().shift(fill_value=y[0])
+    drawn, axes = _rows(table["step"][::-1], "validation accuracy in % (n = 1)")
+    lines = axes.barh(rows, gains, 0.08, left=y - gains, color=VALIDATION, linewidth=0)
     for which, label, inside in ((kept, "kept", VALIDATION), (~kept, "not kept", "w")):
         style = {"color": VALIDATION, "markerfacecolor": inside, "label": label}
         axes.plot(y[which], rows[which], "o", **style)
-    for k, gain in enumerate(y - base):
-        text = f"{gain:+.1f}".replace("-", "−") if k else f"{y[0]:.1f} %"
-        side, ha = ((8, 0), "left") if gain >= 0 else ((-8, 0), "right")
-        style = {"textcoords": "offset points", "ha": ha, "va": "center", "fontsize": 10}
-        axes.annotate(text, (y[k], rows[k]), side, **style)
+    texts = [f"{y[0]:.1f} %", *(f"{gain:+.1f}".replace("-", "−") for gain in gains[1:])]
+    axes.bar_label(lines, texts, padding=8, fontsize=10)
+    axes.use_sticky_edges = False
     axes.margins(x=0.12)
     axes.legend()
     return drawn
 
 
 def confusion(counts: np.ndarray, names: Names) -> Figure:
-    """How often each true class (rows) is predicted as each class (columns); counts. The colours
-    are of the mistakes only, on a square-root scale, which shows the rare ones too."""
+    """Counts of images, a row a true class and a column a predicted; mistakes are coloured."""
     drawn, axes = _axes(height=5.2)
-    correct = np.eye(len(names), dtype=bool)
+    mistakes = counts * ~np.eye(len(names), dtype=bool)
     style = {"cmap": "rocket_r", "square": True, "xticklabels": names, "yticklabels": names}
-    style |= {"annot": counts, "fmt": "d", "annot_kws": {"size": 10}, "mask": correct}
+    style |= {"annot": counts, "fmt": "d", "annot_kws": {"size": 10}}
     style["cbar_kws"] = {"label": "mistakes (square-root scale)", "shrink": 0.75}
-    scale = PowerNorm(0.5, vmin=0, vmax=max(counts[~correct].max(), 1))
-    sns.heatmap(counts, norm=scale, ax=axes, **style)
-    for k, count in enumerate(np.diag(counts)):
-        axes.text(k + 0.5, k + 0.5, count, ha="center", va="center", fontsize=10)
-    axes.grid(False)
+    sns.heatmap(
+        mistakes, norm=PowerNorm(0.5, vmin=0, vmax=max(mistakes.max(), 1)), **style, ax=axes
+    )
     axes.set(xlabel=f"predicted class (n = {counts.sum():,} test images)", ylabel="true class")
     axes.set_xticklabels(names, rotation=45, ha="right", rotation_mode="anchor")
     return drawn
@@ -408,7 +375,7 @@ def reliability(calibration: Calibration) -> Figure:
     ends = [interval(round(n * share), n) for n, share in zip(count, right)]
     error = _intervals(DataFrame(ends, columns=["low", "high"]).assign(accuracy=right))
     drawn, ((upper,), (lower,)) = _panels(2, 1, 4.6, sharex=True, height_ratios=(3, 1))
-    upper.plot([0, 100], [0, 100], color=REFERENCE, linestyle="--", label="perfectly calibrated")
+    upper.plot([0, 100], [0, 100], label="perfectly calibrated", **DASHED)
     label = "test, 95 % intervals"
     upper.errorbar(100 * sure, 100 * right, error, fmt="o-", color=TEST, label=label)
     upper.set_ylabel("accuracy in %")
@@ -441,36 +408,29 @@ def robustness(table: DataFrame) -> Figure:
 
 
 # ---- 05 weights
+def _told(a: Tensor) -> Tensor:
+    """A block's weights, n×L; of two that add up to 1 only the first, n×1."""
+    mirrored = a.shape[1] == 2 and bool((a.sum(dim=1) - 1).abs().max() < 1e-3)
+    return a[:, :1] if mirrored else a
+
+
 def weights(a: Sequence[Tensor], kernels: Sequence[Names]) -> Figure:
-    """The distribution of a, n×L of each block, with quartiles; dashed: 1/L. A panel a block and a
-    violin a branch, or one violin a block if its two weights add up to 1."""
-    L, blocks = max(own.shape[1] for own in a), [f"B{k}" for k in range(1, len(a) + 1)]
-    panels, xlabel, ylabel = list(zip(blocks, (own.T for own in a), kernels)), "branch", "a"
-    single = L <= 2 and all(bool((own.sum(dim=1) - 1).abs().max() < 1e-3) for own in a)
-    if single:
-        ticks = [f"{block}\n{names[0]}" for block, names in zip(blocks, kernels)]
-        panels = [("", [own[:, 0] for own in a], ticks)]
-        xlabel, ylabel = "block, and kernel of its first branch", "$a_1$"
-    columns, rows = min(len(panels), 3), -(-len(panels) // 3)
-    drawn, places = _panels(rows, columns, 1.8 + 1.6 * rows, sharey=True)
-    for axes in places.flat[len(panels) :]:
-        axes.axis("off")
-    for axes, (block, values, names) in zip(places.flat, panels):
-        style = {"color": GATE, "inner": "quart", "cut": 0, "density_norm": "width"}
-        sns.violinplot([own.numpy() for own in values], ax=axes, **style)
-        axes.axhline(1 / (L if single else len(names)), color=REFERENCE, linestyle="--")
-        axes.set_xticks(range(len(names)), names, rotation=90 * (L > 4))
-        axes.set_title(block)
-    drawn.supxlabel(xlabel)
-    drawn.supylabel(f"{ylabel} (n = {len(a[0]):,} images)")
+    """The distribution of a, n×L of each block, with quartiles, a violin a branch; dashed: 1/L."""
+    drawn, axes = _axes("block, and kernel of its branch", f"a (n = {len(a[0]):,} images)")
+    violins, ticks = [], []
+    for k, (own, names) in enumerate(zip(a, kernels), 1):
+        first, shown = len(violins), _told(own).T.numpy()
+        violins += list(shown)
+        ticks += [f"B{k}\n{name}" for name in names[: len(shown)]]
+        axes.hlines(1 / len(names), first - 0.5, len(violins) - 0.5, **DASHED)
+    sns.violinplot(violins, ax=axes, color=GATE, inner="quart", cut=0, density_norm="width")
+    axes.set_xticks(range(len(ticks)), ticks, rotation=90 * (len(ticks) > 12))
     return drawn
 
 
 def gates_by_class(means: Sequence[Tensor], names: Names, kernels: Sequence[Names]) -> Figure:
-    """Mean a of each class, classes×L of each block, as its difference from the branch's mean; of
-    two branches whose weights add up to 1 only the first, since the other is its mirror image."""
-    mirrored = [a.shape[1] == 2 and bool((a.sum(dim=1) - 1).abs().max() < 1e-4) for a in means]
-    panels = [(a - a.mean(dim=0))[:, : 1 if own else None] for a, own in zip(means, mirrored)]
+    """Mean a of each class, classes×L of each block, as its difference from the branch's mean."""
+    panels = [_told(a) - _told(a).mean(dim=0) for a in means]
     widths = [own.shape[1] for own in panels]
     limit = max(0.01, *(float(own.abs().max()) for own in panels))  # rounding stays white
     drawn, places = _panels(1, len(panels), 3.9, sharey=True, width_ratios=widths)
@@ -479,15 +439,13 @@ def gates_by_class(means: Sequence[Tensor], names: Names, kernels: Sequence[Name
         style["cbar_kws"] = {"label": "difference from the mean a", "format": "{x:+.2f}"}
         ticks = kernels[k][: widths[k]] if sum(widths) <= 24 else False
         sns.heatmap(own.numpy(), ax=axes, xticklabels=ticks, yticklabels=names, **style)
-        axes.tick_params(length=0)
         axes.set_title(f"B{k + 1}")
     drawn.supxlabel("branch, by its kernel" if sum(widths) <= 24 else "branch")
     return drawn
 
 
 def study(compared: DataFrame, base: str = "the base") -> Figure:
-    """The `difference` of every variant (in `words`, with `n` seeds) to the base, with its joint
-    interval from `low` to `high`; fractions of one."""
+    """The difference of every variant to the base, with its interval, from `study.compare`."""
     table = compared.sort_values("difference")
     names = map("{} (n\u00a0=\u00a0{})".format, table["words"], table["n"])
     drawn, axes = _rows(list(names), "difference in percentage points,\njoint 95 % intervals")
@@ -496,6 +454,6 @@ def study(compared: DataFrame, base: str = "the base") -> Figure:
         own, rows = table[which], np.flatnonzero(which)
         error, style = _intervals(own, "difference"), {"color": colour, "label": verdict}
         axes.errorbar(100 * own["difference"], rows, xerr=error, fmt="o", **style)
-    axes.axvline(0, color=REFERENCE, linestyle="--", linewidth=1)
+    axes.axvline(0, linewidth=1, **DASHED)
     drawn.legend(loc="outside upper center", ncols=3, title=f"compared with {base}")
     return drawn

@@ -293,8 +293,9 @@ void gradients(Size b, const T* x, const T* grad, const float* a, float* grad_ba
 }
 
 template <class T> void run(const Shape& s, void* const* p) {
+  const auto weights = (const T* const*)p;
+  p += s.L;
   const auto x = (const T*)p[0], y = (const T*)p[1];
-  const auto weights = (const T* const*)(p + 5);
   if (s.copies == 0) return convolve(x, (const T*)p[2], (T*)p[1], weights, s);
   const auto a = (const float*)p[2];
   const auto grad_bank = (float*)p[3], grad_a = (float*)p[4];

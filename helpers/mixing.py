@@ -50,7 +50,8 @@ def pays(x: Tensor, weights: Sequence[Tensor], stride: int) -> bool:
 
     Never while something traces, counts or transforms operations: it would not see the extension.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+    if traced or torch.autograd.forward_ad._current_level >= 0:
         return False
     areas = [w.shape[-1] ** 2 for w in weights]
     saved = (sum(areas) / max(areas) - 1) * x.shape[-2:].numel()
@@ -68,15 +69,16 @@ def mixed_convolution(
     Raises:
         Unavailable: the extension cannot be used here, or not with these.
     """
-    dtype, k = _computing_dtype(x, weights), max(w.shape[-1] for w in weights)
-    if dtype is None or a.shape != (len(x), len(weights)):
+    dtype = _computing_dtype(x, weights)
+    if dtype is None or a.shape != (len(x), len(weights)) or a.device != x.device:
         raise Unavailable(
             f"{SOURCE.name} takes float32 (or bfloat16) on the CPU, odd kernels, and channels in "
             f"multiples of 8; not x {[*x.shape]} of {x.dtype} on {x.device} with a {[*a.shape]} "
-            f"and {len(weights)} kernels, the first {[*weights[0].shape]} of {weights[0].dtype}."
+            f"and {len(weights)} kernels, the last {[*weights[-1].shape]} of {weights[-1].dtype}."
         )
     if unavailable():
         raise Unavailable(unavailable())
+    k = max(w.shape[-1] for w in weights)
     rims = [(k - w.shape[-1]) // 2 for w in weights]
     even = [F.pad(w, 4 * (rim,)) if rim else w for w, rim in zip(weights, rims)]
     y = _MixedConvolution.apply(x.to(dtype), a.to(dtype), *even)
@@ -103,24 +105,24 @@ class _MixedConvolution(torch.autograd.Function):
         copies = min(torch.get_num_threads(), len(x) // 8, 2**28 // (L * weights[0].numel()))
         grads = x.new_zeros(max(copies, 1), L, out, k, k, c, dtype=torch.float32)
         grad_a = x.new_zeros(a.shape, dtype=torch.float32)
-        _run(x, grad, a.float(), grads, grad_a, *weights, copies=len(grads))
-        grads = grads.sum(0) if copies > 1 else grads[0]
-        return grad_x, grad_a.to(a.dtype), *grads.movedim(-1, 2)
+        _run(weights, x, grad, a.float(), grads, grad_a, copies=len(grads))
+        return grad_x, grad_a.to(a.dtype), *grads.sum(0).movedim(-1, 2)
 
 
 def _convolve(x: Tensor, a: Tensor, weights: Sequence[Tensor], turned: bool = False) -> Tensor:
     size = len(x), weights[0].shape[turned], *x.shape[2:]
     y = torch.empty(size, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
     a = F.pad(a, (0, len(weights) % (4 // a.itemsize)))  # so are bfloat16 branches
-    _run(x, y, a, a, a, *weights, turned=turned)
+    _run(weights, x, y, a, turned=turned)
     return y
 
 
-def _run(x: Tensor, y: Tensor, *others: Tensor, turned: bool = False, copies: int = 0) -> None:
-    """The extension's `convolve`, or `gradients` in so many copies; others[3:] are kernels."""
+def _run(weights: Sequence[Tensor], *arrays: Tensor, turned: bool = False, copies: int = 0) -> None:
+    """The extension's `convolve` of x, y and a; or `gradients`, if there are copies of them."""
+    x, y, *_ = arrays
     (b, c, h, w), half = x.shape, x.dtype == torch.bfloat16
-    shape = b, h, w, c, y.shape[1], others[-1].shape[-1], len(others) - 3, half, turned, copies
-    arrays = [x, y, *others[:3], *(weight.to(x.dtype) for weight in others[3:])]
+    shape = b, h, w, c, y.shape[1], weights[0].shape[-1], len(weights), half, turned, copies
+    arrays = *(weight.to(x.dtype) for weight in weights), *arrays
     arrays = [t.movedim(1, -1).contiguous() if t.dim() == 4 else t.contiguous() for t in arrays]
     pointers = (ctypes.c_void_p * len(arrays))(*(t.data_ptr() for t in arrays))
     if _extension()((ctypes.c_int64 * len(shape))(*shape), pointers):
@@ -167,16 +169,15 @@ def _extension() -> Callable[..., int]:
 def _is_correct() -> bool:
     """Whether values and gradients are PyTorch's, in a small case with odd sizes and remainders."""
     rng, right = torch.Generator("cpu").manual_seed(0), True
+    shapes = (11, 24, 5, 7), (11, 3), *3 * [(40, 24, 3, 3)]
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        shapes = (11, 24, 5, 7), (11, 3), *3 * [(40, 24, 3, 3)]
-        given = [torch.randn(s, generator=rng, device="cpu").requires_grad_() for s in shapes]
-        y = sum(
-            a_l[:, None, None, None] * F.conv2d(given[0], w, padding=1)
-            for a_l, w in zip(given[1].T, given[2:])
-        )
+        given = [torch.randn(s, generator=rng, device="cpu", dtype=torch.float64) for s in shapes]
+        x, a, *weights = given = [t.requires_grad_() for t in given]
+        terms = zip(a.T[:, :, None, None, None], (F.conv2d(x, w, padding=1) for w in weights))
+        y = sum(a_l * y_l for a_l, y_l in terms)
         expected = y, *torch.autograd.grad(y.square().sum(), given)
         for dtype in DTYPES:
-            y = _MixedConvolution.apply(*(t.to(dtype) for t in given)).float()
+            y = _MixedConvolution.apply(*(t.to(dtype) for t in given)).double()
             got = y, *torch.autograd.grad(y.square().sum(), given)
             right &= all((g - e).abs().max() < 0.03 * e.abs().max() for g, e in zip(got, expected))
     return right

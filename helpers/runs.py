@@ -72,11 +72,12 @@ def read(name: str) -> Run:
         run = Run(name, config, history, batches, metrics)
         if lacking := [key for key in METRICS if key not in metrics]:
             raise ValueError(f"{', '.join(lacking)} is missing")
-        if history.empty or config["dataset"] != metrics["dataset"] or not run.settings:
+        if history.empty or batches.empty or config["dataset"] != metrics["dataset"]:
             raise ValueError("its parts do not fit together")
+        run.settings  # noqa: B018  # parameters of this version?
     except (OSError, KeyError, ValueError, ProjectError) as error:
         raise RunError(
-            f"The record of run {name} cannot be used ({error!s:.100}); restore it, or delete "
+            f"The record of run {name} cannot be used ({error!s:.80}); restore it, or delete "
             f"{shown(folder)}."
         ) from None
     return run

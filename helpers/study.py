@@ -85,8 +85,8 @@ def table() -> pd.DataFrame:
 
 
 def ladder() -> pd.DataFrame:
-    """From the sheet's basic network up, a row a step: `step`, the `change` in words, whether it
-    was `kept`, `accuracy` on validation images, `seconds`, `parameters`, `multiply_adds`."""
+    """From the sheet's basic network up, a row a step: `step` in words, whether it was `kept`,
+    `accuracy` on validation images, `seconds`, `parameters`, `multiply_adds`."""
     return pd.read_csv(project.RUNS / "ladder.csv")
 
 

@@ -79,11 +79,11 @@ def test_curves_are_those_of_the_run() -> None:
     whole, tail = figures.accuracy_by_epoch(HISTORY, 0.8851).axes
     assert [line.get_label() for line in whole.lines] == ["test", "published report, 88.51 %"]
     assert list(whole.lines[0].get_ydata()) == pytest.approx([50, 70, 80, 90, 91, 93])
-    assert [patch.get_label() for patch in whole.collections] == ["trained at 16 and 24 pixels"]
+    assert [patch.get_label() for patch in whole.patches] == ["trained at 16 and 24 pixels"]
     assert tail.get_ylim()[0] == 90 and tail.get_xlim() == (3.5, 6.5)
 
 
-@pytest.mark.parametrize(("L", "violins", "columns"), [(2, [2], 1), (4, [4, 4], 4)])
+@pytest.mark.parametrize(("L", "violins", "columns"), [(2, [2], 1), (4, [8], 4)])
 def test_of_two_branches_the_first_is_drawn(L: int, violins: list[int], columns: int) -> None:
     panels = figures.weights(A[L], KERNELS[L]).axes
     assert [len(axes.findobj(PolyCollection)) for axes in panels] == violins
@@ -99,7 +99,7 @@ def test_verdicts_gains_and_mistakes() -> None:
     (axes,) = figures.ladder(LADDER).axes
     assert [text.get_text() for text in axes.texts] == ["50.0 %", "−10.0", "+25.0"]
     axes, _ = figures.confusion(np.array([[9, 4], [1, 8]]), ["a", "b"]).axes
-    assert axes.collections[0].get_array().tolist() == [[None, 4], [1, None]]
+    assert axes.collections[0].get_array().tolist() == [[0, 4], [1, 0]]
 
 
 def test_a_saved_figure_is_whole_and_always_the_same(tmp_path: Path, monkeypatch, capsys) -> None:
