@@ -230,7 +230,7 @@ def gates(network: BlockNetwork, images: ImageSet) -> list[Tensor]:
     """The weights a of every block for every image: K tensors, float32 N×L on the CPU."""
     with evaluating(network, torch.float32) as device:
         batches = [network.gates(x.to(device)) for x, *_ in evaluation_loader(images, BATCH)]
-    return [torch.cat(block).float().cpu() for block in zip(*batches)]
+    return [torch.cat(block).detach().float().cpu() for block in zip(*batches)]
 
 
 def driving(a: Tensor, count: int) -> Tensor:

@@ -284,7 +284,7 @@ def accuracy_by_epoch(history: DataFrame, published: float | None = None) -> Fig
         _shade_reduced(axes, history["size"], np.arange(n + 1) + 0.5)
     if enlarged:
         begin = history["epoch"][test >= floor].min() - 0.5
-        axes.set(xlim=(begin, n + 0.5), ylim=(floor, None), title="tail, enlarged")
+        axes.set(xlim=(begin, n + 0.5), ylim=(floor, 100.2), title="tail, enlarged")
     panels[0, 0].set_title("all epochs")
     drawn.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return drawn
@@ -416,7 +416,7 @@ def _told(a: Tensor) -> Tensor:
 
 def weights(a: Sequence[Tensor], kernels: Sequence[Names]) -> Figure:
     """The distribution of a, n×L of each block, with quartiles, a violin a branch; dashed: 1/L."""
-    drawn, axes = _axes("block, and kernel of its branch", f"a (n = {len(a[0]):,} images)")
+    drawn, axes = _axes("block, and kernel of the branch", f"a (n = {len(a[0]):,} images)")
     violins, ticks = [], []
     for k, (own, names) in enumerate(zip(a, kernels), 1):
         first, shown = len(violins), _told(own).T.numpy()

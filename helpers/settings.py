@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Annotated, Any, Literal
 
 import torch
@@ -186,7 +187,7 @@ RUN_HERE = ("%%time", "%%capture", "%%prun")  # cell magics whose body assigns i
 
 
 def assigned(cell: str) -> list[str]:
-    """The names that a cell assigns at its top level, in whatever form.
+    """The names that a cell assigns at its top level, in whatever form, before any check.
 
     Raises:
         ParameterError: it cannot be read as Python, with IPython's commands or without.
@@ -195,16 +196,14 @@ def assigned(cell: str) -> list[str]:
     if lines and lines[0].startswith("%%"):
         lines = lines[1:] if lines[0].startswith(RUN_HERE) else []
     try:
-        nodes = [ast.parse(TransformerManager().transform_cell("\n".join(lines)))]
+        statements = ast.parse(TransformerManager().transform_cell("\n".join(lines))).body
     except SyntaxError:
         raise ParameterError(
             f"The cell that begins {cell.strip()[:40]!r} cannot be read as Python, so its "
             "parameters cannot be checked; write plain assignments, one a line."
         ) from None
-    names = []
+    names, nodes = [], [*takewhile(lambda one: CHECK not in ast.unparse(one), statements)]
     for node in nodes:
-        if isinstance(node, ast.Assign) and CHECK in ast.unparse(node.value):
-            continue
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.append(node.id)
         scopes = ast.FunctionDef | ast.ClassDef | ast.Lambda | ast.ListComp | ast.GeneratorExp

@@ -98,10 +98,12 @@ def test_a_cell_that_is_no_python_is_refused() -> None:
 
 
 def test_what_the_story_assigned_is_no_parameter_when_the_cell_is_run_again() -> None:
-    check = "settings = check_parameters(globals())"
+    check = "settings = check_parameters(globals())\nimages = 1"
     cells = ["", "import sys", CELL, check, "loss = 3", "%%bash\nls", CELL, check]
     assert check_parameters({"seed": 1, "epochs": 5, "loss": 3, "In": cells}).epochs == 5
-    cells[-2] += "epoch = 9"
+    cells.append(check)  # the check alone, once more
+    assert check_parameters({"seed": 1, "epochs": 5, "images": 1, "In": cells}).epochs == 5
+    cells[-2:] = [CELL + "epoch = 9", check]
     with pytest.raises(ParameterError, match="epoch "):
         check_parameters({"seed": 1, "epochs": 5, "epoch": 9, "loss": 3, "In": cells})
 
