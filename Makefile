@@ -20,7 +20,7 @@ help:  ## this list
 report: $(READY)  ## execute and render the notebooks: PRESET=small (or smoke, medium, large), SEED=0
 	@$(BIN)/python -m helpers.report --preset "$(PRESET)" --seed "$(SEED)"
 
-test: $(READY)  ## check the style and run the tests that take less than minutes
+test: $(READY)  ## check the style and run all but the slow tests
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(PYTEST) -m "not slow"
