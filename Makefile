@@ -33,7 +33,7 @@ test-all: $(READY)  ## check the style and run all tests
 lab: $(READY)  ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab --ServerApp.root_dir=. notebooks/01_data_exploration.ipynb
 
-bench: $(READY)  ## measure blocks and training steps on an idle machine: ten minutes
+bench: $(READY)  ## measure training steps on an idle machine: under ten minutes
 	@$(BIN)/python -m helpers.report.bench
 
 study: $(READY)  ## does a matter? train the runs of the study that are missing
@@ -42,9 +42,8 @@ study: $(READY)  ## does a matter? train the runs of the study that are missing
 soak: $(READY)  ## kill a run a hundred times: are its bits those of an undisturbed one?
 	@$(BIN)/python tests/soak.py
 
-publish: $(READY)  ## execute the notebooks and store their outputs in them: ONLY="01 02" for some
+publish: $(READY)  ## store the notebooks' outputs (ONLY="01 02": of some) and the README's table
 	@$(BIN)/python -m helpers.report --publish $(if $(ONLY),--only $(ONLY))
-	@$(BIN)/python -m helpers.report.readme
 
 handin: $(READY)  ## what is handed in, in handin/: the PDF and one notebook that needs nothing else
 	@$(BIN)/python -m helpers.report.handin

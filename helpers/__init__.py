@@ -1,5 +1,5 @@
 """What the notebooks call, in the order in which an image travels:
 
-project → data → augment → mixing → model → settings → evaluation → runs → record → training →
+project → data → augment → mixing → model → settings → evaluation → runs → optimizers → training →
 study → figures. What executes and prints the notebooks is in `helpers/report/`.
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
@@ -76,31 +78,23 @@ def resize(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images, size=(size, size), mode="area")
 
 
+@dataclass(eq=False)
 class Augmentation:
     """Alternating flip, random shift, TrivialAugment and Cutout for a set of `count` images.
 
     Whether an image is mirrored in its first epoch is drawn here, and nothing else; from then on
     it alternates, so that any two epochs in a row show it both ways (cifar10-airbench, K. Jordan).
-
-    Args:
-        generator: the only source of randomness.
-        translate: largest shift in pixels, in both directions; 0 for none.
-        cutout: side in pixels of the square of the mean colour, centred anywhere; 0 for none.
-        trivial_augment: share of the images that are altered, others each time.
     """
 
-    def __init__(
-        self,
-        count: int,
-        generator: Generator,
-        translate: int = 0,
-        flip: bool = False,
-        cutout: int = 0,
-        trivial_augment: float = 0.0,
-    ) -> None:
-        self.generator, self.translate, self.flip = generator, translate, flip
-        self.cutout, self.trivial_augment = cutout, trivial_augment
-        self.mirrored_first = torch.rand(count, generator=generator) < 0.5
+    count: int
+    generator: Generator  # the only source of randomness
+    translate: int = 0  # largest shift in pixels, in both directions; 0 for none
+    flip: bool = False
+    cutout: int = 0  # side in pixels of a square of the mean colour, centred anywhere; 0 for none
+    trivial_augment: float = 0.0  # share of the images that are altered, others each time
+
+    def __post_init__(self) -> None:
+        self.mirrored_first = torch.rand(self.count, generator=self.generator) < 0.5
 
     def __call__(self, images: Tensor, index: Tensor, epoch: int) -> Tensor:
         """Vary uint8 images b×3×32×32, numbered `index` in the set, in an epoch from 0."""

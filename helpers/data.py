@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import pickle
@@ -11,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
+from itertools import combinations_with_replacement
 from pathlib import Path
 from urllib.error import URLError
 
@@ -22,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 
-from helpers.project import ROOT, ProjectError, shown
+from helpers.project import ROOT, ProjectError, shown, write_file
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer",
            "dog", "frog", "horse", "ship", "truck")  # fmt: skip
@@ -78,10 +80,8 @@ def load_data() -> ImageData:
 
     The root is, or holds at most two folders down, the folder of CIFAR-10's files or its archive;
     a relative path counts from the project's root. The stand-in takes its place, announced, only
-    if no root was set, `data/` does not hold it and there is no network.
-
-    Raises:
-        DataError: a file is damaged, a root that was set cannot serve, or a download fails.
+    if no root was set, `data/` does not hold it and there is no network. A `DataError` is raised
+    if a file is damaged, a root that was set cannot serve, or a download fails.
     """
     given = os.environ.get("CIFAR10_ROOT", "").strip()
     root = Path(given or "data")
@@ -89,44 +89,23 @@ def load_data() -> ImageData:
     try:
         root = ROOT / root.expanduser()
         source = _find(root)
-        if not source and given and root.exists() and any(p.name[0] != "." for p in root.iterdir()):
+        if given and not source and any(root.glob("[!.]*")):
             raise OSError("it holds other files")
-        return _read(source or _download(root, "$CIFAR10_ROOT" if given else "data/"))
+        images = _read(source or _download(root, "$CIFAR10_ROOT" if given else "data/"))
+        sizes = f"{len(images.train):,} training and {len(images.test):,} test images"
+        print(f"Data: CIFAR-10, {sizes}, checksums verified.")
+        return images
     except (OSError, RuntimeError) as problem:  # RuntimeError: ~ of an unknown user
         if isinstance(problem, ConnectionError) and not given:
             print(
-                f"data/ holds no CIFAR-10 and there is no network ({problem}): synthetic stand-in "
-                f"data take its place until you {remedy}."
+                f"STAND-IN DATA, NOT CIFAR-10: data/ does not hold it, and there is no network "
+                f"({problem}). Ten synthetic classes take its place until you {remedy}. Nothing "
+                "below says anything about CIFAR-10, or may stand beside its results."
             )
             return stand_in()
         named = f"CIFAR10_ROOT = {shown(root)}" if given else "data/"
         remedy += ", or name an empty folder to download into"
         raise DataError(f"{named} does not give CIFAR-10: {problem}; {remedy}.") from None
-
-
-class Notice(str):
-    """Text that a notebook shows; of several lines in a box, the first as its title."""
-
-    def __repr__(self) -> str:
-        return str(self)
-
-    def _repr_html_(self) -> str | None:
-        title, _, text = self.partition("\n")
-        style = "border: 6px solid #b30000; background: #fff3cd; color: #000; padding: 0.5em 1em"
-        box = f'<div style="{style}"><h2>⚠ {title}</h2><p><b>{text}</b></p></div>'
-        return box if text else None
-
-
-def notice(images: ImageData) -> Notice:
-    """What stands at the top of every notebook: which data its numbers come from."""
-    sizes = f"{len(images.train):,} training and {len(images.test):,} test images"
-    if images.name == "cifar10":
-        return Notice(f"Data: CIFAR-10, {sizes}, checksums verified.")
-    return Notice(
-        "STAND-IN DATA, NOT CIFAR-10\nCIFAR-10 is not on this machine and could not be downloaded. "
-        f"{sizes} of ten synthetic classes take its place, to try the report out. No number or "
-        "figure below says anything about CIFAR-10, and none may stand beside its results."
-    )
 
 
 def split(labels: Tensor, validation: int = 5000, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -156,12 +135,8 @@ def parts(
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 b×3×h×w in 0…255 → float32 of about zero mean and unit variance, channels last."""
-    mean, std = (
-        torch.tensor(numbers).view(1, 3, 1, 1).to(images.device, non_blocking=True)
-        for numbers in (MEAN, STD)
-    )
-    x = (images / (255 * std)).sub_(mean / std)
-    return x.contiguous(memory_format=torch.channels_last)
+    mean, std = torch.tensor([MEAN, STD]).view(2, 1, 3, 1, 1).to(images.device, non_blocking=True)
+    return (images / (255 * std) - mean / std).contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(eq=False)
@@ -194,19 +169,12 @@ def training_loader(
     numbers: Tensor | None = None,
 ) -> DataLoader:
     """Shuffled, augmented batches of one epoch, counted from 0: x, float32 b×3×32×32, the labels
-    and the images' numbers in the set, of those in `numbers` (default: all).
-
-    The order is drawn from `generator`. On CUDA, where steps are replayed, all batches are full,
-    and the images left over, others in each epoch, are not given.
-    """
+    and the images' numbers in the set, of those in `numbers` (default: all)."""
     numbers = torch.arange(len(images)) if numbers is None else numbers
-    given, count = len(numbers), math.ceil(len(numbers) / batch_size)
-    if images.labels.is_cuda:
-        count = max(1, given // batch_size)
-        given = count * batch_size
+    count = math.ceil(len(numbers) / batch_size)
 
     def order() -> Tensor:
-        return numbers[torch.randperm(len(numbers), generator=generator)[:given]]
+        return numbers[torch.randperm(len(numbers), generator=generator)]
 
     batches = Batches(images, order, count, augment, epoch)
     return DataLoader(batches, batch_size=None, generator=generator)
@@ -220,50 +188,36 @@ def evaluation_loader(images: ImageSet, batch_size: int = 500) -> DataLoader:
     return DataLoader(batches, batch_size=None, generator=Generator())
 
 
-def near_duplicates(images: ImageData) -> Tensor:
-    """Which test images, N booleans, have a training image nearer than `NEAR` standard deviations
-    of their own pixels."""
-    _, distance = nearest_training_images(images.test.images, images.train.images)
-    return distance < NEAR * images.test.images.flatten(1).float().std(dim=1, correction=0)
+def near_duplicates(test: ImageSet, train: ImageSet) -> Tensor:
+    """Which of N test images, as booleans, have a training image nearer than `NEAR` standard
+    deviations of their own pixels."""
+    _, distance = nearest_training_images(test.images, train.images)
+    return distance < NEAR * test.images.flatten(1).float().std(dim=1, correction=0)
 
 
 def nearest_training_images(test: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest of N×3×h×w training images to each of n×3×h×w test images, all uint8: its
     number, int64 n, and the root mean square difference of the pixels, float32 n in 0…255.
 
-    Exact, as a projection never lengthens a distance: the full distance to the image that is
-    nearest in the 384 first principal components is a limit, and all that are within it there,
-    some ten of CIFAR-10's 50,000, are measured in full.
+    Exact, as a projection never lengthens a distance: what is measured in full is every image that
+    is as near in the 384 first principal components as one of them is in full, some ten of 50,000.
     """
-    test, train, scale = test.flatten(1), train.flatten(1), math.sqrt(train[0].numel())
-    mean = train[:1000].float().mean(0)
-    basis = torch.linalg.svd(train[:1000] - mean, full_matrices=False).Vh[:384].T
-
-    def project(images: Tensor) -> Tensor:  # n×384, and the norm of what is left out
-        x = (images - mean) / scale
-        inside = x @ basis
-        outside = (x.square().sum(1) - inside.square().sum(1)).relu().sqrt()
-        return torch.cat([inside, outside[:, None]], dim=1)
-
-    def measure(images: Tensor, others: Tensor) -> Tensor:
-        pairs = zip(images.split(128), others.split(128), strict=True)
-        return torch.cat([(test[i].float() - train[j]).norm(dim=1) for i, j in pairs]) / scale
-
-    projected = torch.cat([project(some) for some in train.split(2000)])
-    squares, found = projected.square().sum(1), []
-    for some in torch.arange(len(test)).split(100):  # 20 MB at a time
-        here = project(test[some])
-        bounds = torch.addmm(squares, here, projected.T, alpha=-2)
-        bounds += here.square().sum(1, keepdim=True)
-        limits = measure(some, bounds.argmin(1)).square() + 1  # 1: for rounding
-        rows, columns = (bounds < limits[:, None]).nonzero().T
-        distance = measure(some[rows], columns)
-        order = distance.argsort(stable=True)
-        order = order[rows[order].argsort(stable=True)]  # by test image, then by distance
-        first = order[torch.searchsorted(rows, torch.arange(len(some)))]
-        found.append((columns[first], distance[first]))
-    index, distance = map(torch.cat, zip(*found, strict=True))
-    return index, distance
+    train, sample = train.flatten(1), train[:1000].flatten(1).float()
+    mean = sample.mean(dim=0)
+    basis = torch.linalg.svd(sample - mean, full_matrices=False).Vh[:384].T
+    inside = torch.cat([(some - mean) @ basis for some in train.split(1000)])  # N×384
+    squares, found = inside.square().sum(dim=1), []
+    for some in test.flatten(1).float().split(100):  # 20 MB of bounds at a time
+        here = (some - mean) @ basis
+        bounds = torch.addmm(squares, here, inside.T, alpha=-2)  # less the square of `here`
+        limits = 3072 - here.square().sum(dim=1)  # 3072: for rounding
+        for image, bound, limit in zip(some, bounds, limits):
+            limit += (train[bound.argmin()] - image).square().sum()
+            near = (bound <= limit).nonzero().flatten()
+            distance, first = (train[near] - image).norm(dim=1).min(dim=0)
+            found.append((near[first], distance))
+    index, distance = map(torch.stack, zip(*found))
+    return index, distance / math.sqrt(train.shape[1])
 
 
 def _find(root: Path) -> Path | None:
@@ -279,12 +233,8 @@ def _find(root: Path) -> Path | None:
 
 def _read(source: Path) -> ImageData:
     """CIFAR-10 from the folder of its files or straight from its archive, checksums verified."""
-    if source.is_file():
-        checksums = {source: CIFAR10.tgz_md5}
-    else:
-        published = [*CIFAR10.train_list, *CIFAR10.test_list]
-        checksums = {source / name: md5 for name, md5 in published}
-        checksums[source / CIFAR10.meta["filename"]] = CIFAR10.meta["md5"]
+    published = {source / name: md5 for name, md5 in CIFAR10.train_list + CIFAR10.test_list}
+    checksums = {source: CIFAR10.tgz_md5} if source.is_file() else published
     for path, md5 in checksums.items():
         if not check_integrity(path, md5):
             raise OSError(f"{path.name} is missing or fails its checksum")
@@ -303,64 +253,46 @@ def _read(source: Path) -> ImageData:
 
 
 def _download(root: Path, where: str) -> Path:
-    """Download CIFAR-10's archive into `root`; what has come is kept and continued. Raises a
-    ConnectionError if there is no network, another OSError if it fails for another reason."""
-    archive, part = root / CIFAR10.filename, root / f".{CIFAR10.filename}.part"
-    announced, reason = False, "what the server sends is not the whole archive"
+    """Download CIFAR-10's archive into `root`, whole or not at all; a ConnectionError if there is
+    no network, another OSError if it fails five times."""
+    archive = root / CIFAR10.filename
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / ".download.lock"):
         if archive.exists():  # from the process that had the lock
             return archive
         for attempt in range(5):
-            have = part.stat().st_size if part.exists() else 0
-            request = urllib.request.Request(CIFAR10.url, headers={"Range": f"bytes={have}-"})
+            time.sleep(attempt)
             try:
-                with urllib.request.urlopen(request, timeout=PATIENCE * (attempt + 1)) as answer:
-                    if not announced:
-                        print(f"Downloading CIFAR-10 (170 MB) into {where}", flush=True)
-                    announced = True
-                    with part.open("ab" if answer.status == 206 else "wb") as file:
-                        while block := answer.read1(1 << 16):
-                            file.write(block)
+                with urllib.request.urlopen(CIFAR10.url, timeout=PATIENCE) as answer:
+                    print(f"Downloading CIFAR-10 (170 MB) into {where}", flush=True)
+                    content = answer.read()
             except (OSError, HTTPException) as problem:
                 reason = getattr(problem, "reason", problem)
                 if type(problem) is URLError and attempt == 0:
                     raise ConnectionError(reason) from None
-                if getattr(problem, "code", None) == 416:  # nothing follows what is there
-                    part.unlink()
-                time.sleep(1)
-            if check_integrity(part, CIFAR10.tgz_md5):
-                return part.replace(archive)
+                continue
+            if hashlib.md5(content).hexdigest() == CIFAR10.tgz_md5:
+                write_file(archive, content)
+                return archive
+            reason = "what the server sends is not the archive"
     raise OSError(reason)
 
 
-PATTERNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "rows": lambda x, y: y.sin(),
-    "columns": lambda x, y: x.sin(),
-    "checks": lambda x, y: x.sin() * y.sin(),
-    "diamonds": lambda x, y: (x + y).sin() * (x - y).sin(),
-    "rings": lambda x, y: torch.hypot(x, y).sin(),
-}
-
-
 def stand_in(training: int = 50_000, test: int = 10_000, seed: int = 0) -> ImageData:
-    """Synthetic images, the same for the same arguments: five patterns, wide and fine, of random
-    place, width, colour, contrast and noise; for convolutions, and too hard for linear maps."""
+    """Synthetic images, the same for the same arguments: checks of ten shapes in random places and
+    colours. A convolution tells them apart, a linear map does not."""
+    shapes = [*combinations_with_replacement((2, 4, 7, 12), 2)]  # height and width in pixels
     generator, sets = Generator().manual_seed(seed), []
-    kinds = {
-        f"{w} {p}": (k, PATTERNS[p]) for w, k in (("wide", 0.6), ("fine", 1.1)) for p in PATTERNS
-    }
     for count in (training, test):
-        labels = (torch.arange(count) % 10)[torch.randperm(count, generator=generator)]
+        labels = torch.randperm(count, generator=generator) % 10
         images = torch.empty(count, 3, 32, 32, dtype=torch.uint8)
-        for label, (frequency, pattern) in enumerate(kinds.values()):
-            for some in (labels == label).nonzero().flatten().split(250):  # fits the cache
-                chance = torch.rand(len(some), 10, 1, 1, generator=generator)
-                right, down, width, noise, ground, ink = chance.split([1, 1, 1, 1, 3, 3], dim=1)
-                k, axis = frequency * (0.85 + 0.3 * width), torch.arange(32)
-                drawn = pattern(k * (axis - 32 * right), k * (axis[:, None] - 32 * down))
-                grain = 0.03 * noise * torch.randn(len(some), 1, 32, 32, generator=generator)
-                pixels = 0.2 + 0.6 * ground + (0.6 * ink - 0.3) * drawn + grain
-                images[some] = (255 * pixels).clamp(0, 255).to(torch.uint8)
+        for some in torch.arange(count).split(250):  # fits the cache
+            chance = torch.rand(len(some), 9, 1, generator=generator)
+            shift, stretch, ground, ink = chance.split([2, 1, 3, 3], dim=1)
+            side = torch.tensor(shapes)[labels[some], :, None] * (0.9 + 0.2 * stretch)
+            waves = (math.pi * (torch.arange(32) / side + 2 * shift)).sin()  # n×2×32
+            checks = waves[:, :1, :, None] * waves[:, 1:, None]  # n×1×32×32
+            pixels = 0.3 + 0.4 * ground[..., None] + (ink[..., None] - 0.5) * checks
+            images[some] = (255 * pixels).clamp(0, 255).to(torch.uint8)
         sets.append(ImageSet(images, labels))
-    return ImageData("stand-in", *sets, classes=tuple(kinds))
+    return ImageData("stand-in", *sets, tuple(f"checks {h}×{w}" for h, w in shapes))

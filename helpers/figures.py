@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import sys
 import textwrap
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
@@ -53,14 +52,14 @@ def use_style() -> None:
 
 
 def save(figure: Figure, name: str, label: str) -> Figure:
-    """Write `figures/<label>/<name>.svg` and `.png`, or say why not; returns the figure."""
-    folder = FIGURES / label
+    """Write `figures/<label>/<name>.svg`, or say why not; returns the figure."""
+    path, file = FIGURES / label / f"{name}.svg", io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for kind, options in {"svg": {"metadata": {"Date": None}}, "png": {"dpi": 150}}.items():
-            write_file(folder / f"{name}.{kind}", partial(figure.savefig, format=kind, **options))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, file.getvalue())
     except OSError as error:
-        print(f"{shown(folder / name)} is only shown, not written: {error.strerror or error}.")
+        print(f"{shown(path)} is not written, only shown: {error.strerror or error}.")
     return figure
 
 
@@ -91,7 +90,7 @@ def _intervals(table: DataFrame, of: str = "accuracy") -> np.ndarray:
 
 
 # ---- 01 data exploration
-def _grid(rows: Sequence[Tensor], names: Names = (), titles: Names = ()) -> Figure:
+def images(rows: Sequence[Tensor], names: Names = (), titles: Names = ()) -> Figure:
     """Rows of images, n×3×h×w each (uint8, or floats in 0…1), named, or with a title an image."""
     columns, lines = max(map(len, rows)), max([0, *(1 + title.count("\n") for title in titles)])
     side = WIDTH / (columns + 1.5 * bool(names))  # of an image, in inches
@@ -107,21 +106,6 @@ def _grid(rows: Sequence[Tensor], names: Names = (), titles: Names = ()) -> Figu
     for place, title in zip(axes.flat, titles):
         place.set_title(title, fontsize=8.5)
     return drawn
-
-
-def examples(images: Tensor, names: Names) -> Figure:
-    """A row of images for each class: uint8 classes×n×3×32×32."""
-    return _grid(images, names)
-
-
-def pictures(images: Tensor, titles: Names) -> Figure:
-    """Images, uint8 n×3×32×32, five in a row from top to bottom, each with its title."""
-    return _grid(images.split(5), titles=titles)
-
-
-def pairs(first: Tensor, second: Tensor, titles: Names) -> Figure:
-    """Images of the test set above their nearest training images, uint8 n×3×32×32 each."""
-    return _grid([first, second], ["test", "training"], titles)
 
 
 def channel_levels(shares: Tensor, n: int) -> Figure:
@@ -204,7 +188,7 @@ def whitening_filters(weight: Tensor) -> Figure:
     """The stem's filters, n×3×3×3, as pictures, each on its own scale with 0 in the middle."""
     n, filters = len(weight), weight.detach().float().cpu()
     scaled = 0.5 + 0.5 * filters / filters.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
-    drawn = _grid(scaled.split(12 if n % 12 == 0 else 9))
+    drawn = images(scaled.split(12 if n % 12 == 0 else 9))
     drawn.supxlabel(f"{n} filters of 3×3 pixels, each on its own scale (grey: 0)")
     return drawn
 
@@ -221,14 +205,13 @@ def branch_cost(table: DataFrame) -> Figure:
     return drawn
 
 
-def losses(losses: dict[str, Sequence[float]]) -> Figure:
-    """The training loss per batch of networks by their names, and its mean over 20 batches."""
-    drawn, axes = _axes(ylabel="training loss (cross-entropy)")
-    for (name, values), colour in zip(losses.items(), (TRAINING, GATE, *COLOURS[7:])):
-        batch, smooth = np.arange(1, len(values) + 1), Series(values).rolling(20, min_periods=1)
-        axes.plot(batch, values, color=colour, alpha=0.35, linewidth=0.8)
-        axes.plot(batch, smooth.mean(), color=colour, linewidth=1.8, label=name)
-        axes.set(xlabel=f"training batch (n = {len(values):,})", xlim=(0.5, len(values) + 0.5))
+def losses(values: Sequence[float]) -> Figure:
+    """The training loss per batch, and its mean over 20 batches."""
+    drawn, axes = _axes(f"training batch (n = {len(values):,})", "training loss (cross-entropy)")
+    batch, smooth = np.arange(1, len(values) + 1), Series(values).rolling(20, min_periods=1)
+    axes.plot(batch, values, color=TRAINING, alpha=0.35, linewidth=0.8)
+    axes.plot(batch, smooth.mean(), color=TRAINING, linewidth=1.8, label="mean of the last 20")
+    axes.set_xlim(0.5, len(values) + 0.5)
     axes.legend()
     return drawn
 
@@ -258,7 +241,7 @@ def schedules(learning_rates: Sequence[float], sizes: Sequence[int]) -> Figure:
 
 def batch_losses(batches: DataFrame, sizes: Sequence[int]) -> Figure:
     """The loss of every training batch, from a run's `batches` and its epochs' image sizes."""
-    drawn = losses({"mean of the last 20": batches["loss"]})
+    drawn = losses(batches["loss"])
     ends = batches.groupby("epoch").size().cumsum() + 0.5
     _shade_reduced(drawn.axes[0], sizes[: len(ends)], [0.5, *ends])
     drawn.axes[0].legend()
@@ -274,7 +257,7 @@ def accuracy_by_epoch(history: DataFrame, published: float | None = None) -> Fig
     for axes in panels.flat:
         for column, (name, colour, line) in CURVES.items():
             style = {"color": colour, "label": name, "markersize": 5, "markevery": -(-n // 12)}
-            if history[column].notna().any():
+            if column in history and history[column].notna().any():
                 axes.plot(history["epoch"], 100 * history[column], line, **style)
         if published is not None:
             label = f"published report, {100 * published:.2f} %"
@@ -291,28 +274,22 @@ def accuracy_by_epoch(history: DataFrame, published: float | None = None) -> Fig
 
 
 # ---- 04 analysis
-def accuracy_by_time(results: DataFrame, peers: DataFrame, published: tuple = ()) -> Figure:
-    """Test accuracy against minutes of training; of the published report, the two are given."""
+def accuracy_by_time(results: DataFrame, peers: DataFrame) -> Figure:
+    """Test accuracy against minutes of training, of this project's recipes and of others."""
     drawn, axes = _axes("minutes of training", "test accuracy in % (bars: ± sd)", height=4.2)
-    if published:
-        report = DataFrame([("published report", *published, 1)])
-        axes.plot(published[1], 100 * published[0], "*", color=REFERENCE, markersize=13)
-        peers = pd.concat([peers, report.set_axis(["name", "accuracy", "minutes", "n"], axis=1)])
-    groups = ("this project", results, TEST, "left", 8), ("others", peers, REFERENCE, "right", -8)
-    for label, table, colour, ha, side in groups:
-        known = table.dropna(subset=["minutes", "accuracy"])
-        x, y, deviation = known["minutes"], 100 * known["accuracy"], 100 * known["deviation"]
+    for label, table, colour in (("this project", results, TEST), ("others", peers, REFERENCE)):
+        x, y, deviation = table["minutes"], 100 * table["accuracy"], 100 * table["deviation"]
         axes.errorbar(x, y, deviation, fmt="o", color=colour, label=label)
-        for *point, name, n in zip(x, y, known["name"], known["n"]):
-            style = {"textcoords": "offset points", "ha": ha, "va": "center", "fontsize": 10}
-            axes.annotate(f"{name} (n = {n:g})", point, (side, 0), **style)
-    axes.set(xscale="log", xmargin=0.15, ymargin=0.12)
+        for *point, name, n in zip(x, y, table["name"], table["n"]):
+            style = {"textcoords": "offset points", "va": "center", "fontsize": 10}
+            axes.annotate(f"{name} (n = {n:g})", point, (8, 0), **style)
+    axes.set(xscale="log", xmargin=0.35, ymargin=0.12)  # room for the last one's label
     axes.xaxis.set(major_locator=LogLocator(subs=(1, 3)), major_formatter="{x:g}")
-    drawn.legend(loc="outside upper center", ncols=3)
+    drawn.legend(loc="outside upper center", ncols=2)
     return drawn
 
 
-def seeds(seeds: DataFrame, published: float | None = None) -> Figure:
+def seeds(seeds: DataFrame) -> Figure:
     """Test accuracy of each seed of `runs.seeds_of`, from one view and from six, with the means."""
     n, names = len(seeds), [f"seed {seed}" for seed in seeds["seed"]]
     drawn, axes = _rows(names, f"accuracy in % (n = {n}; lines: means)")
@@ -322,8 +299,6 @@ def seeds(seeds: DataFrame, published: float | None = None) -> Figure:
         label = f"{name}, {values.mean():.2f}" + f" ± {values.std():.2f}" * (n > 1) + " %"
         axes.plot(values, range(n), "o", color=TEST, markerfacecolor=inside, label=label)
         axes.axvline(values.mean(), color=TEST, linestyle=line, linewidth=1)
-    if published is not None and abs(values.mean() - 100 * published) < 2:  # else no room is left
-        axes.axvline(100 * published, label=f"published report, {100 * published:.2f} %", **DASHED)
     drawn.legend(loc="outside upper center", ncols=2)
     return drawn
 
@@ -408,20 +383,14 @@ def robustness(table: DataFrame) -> Figure:
 
 
 # ---- 05 weights
-def _told(a: Tensor) -> Tensor:
-    """A block's weights, n×L; of two that add up to 1 only the first, n×1."""
-    mirrored = a.shape[1] == 2 and bool((a.sum(dim=1) - 1).abs().max() < 1e-3)
-    return a[:, :1] if mirrored else a
-
-
 def weights(a: Sequence[Tensor], kernels: Sequence[Names]) -> Figure:
     """The distribution of a, n×L of each block, with quartiles, a violin a branch; dashed: 1/L."""
     drawn, axes = _axes("block, and kernel of the branch", f"a (n = {len(a[0]):,} images)")
     violins, ticks = [], []
     for k, (own, names) in enumerate(zip(a, kernels), 1):
-        first, shown = len(violins), _told(own).T.numpy()
-        violins += list(shown)
-        ticks += [f"B{k}\n{name}" for name in names[: len(shown)]]
+        first = len(violins)
+        violins += list(own.T.numpy())
+        ticks += [f"B{k}\n{name}" for name in names]
         axes.hlines(1 / len(names), first - 0.5, len(violins) - 0.5, **DASHED)
     sns.violinplot(violins, ax=axes, color=GATE, inner="quart", cut=0, density_norm="width")
     axes.set_xticks(range(len(ticks)), ticks, rotation=90 * (len(ticks) > 12))
@@ -430,14 +399,14 @@ def weights(a: Sequence[Tensor], kernels: Sequence[Names]) -> Figure:
 
 def gates_by_class(means: Sequence[Tensor], names: Names, kernels: Sequence[Names]) -> Figure:
     """Mean a of each class, classes×L of each block, as its difference from the branch's mean."""
-    panels = [_told(a) - _told(a).mean(dim=0) for a in means]
+    panels = [a - a.mean(dim=0) for a in means]
     widths = [own.shape[1] for own in panels]
     limit = max(0.01, *(float(own.abs().max()) for own in panels))  # rounding stays white
     drawn, places = _panels(1, len(panels), 3.9, sharey=True, width_ratios=widths)
     for k, (axes, own) in enumerate(zip(places.flat, panels)):
         style = {"cmap": "vlag", "vmin": -limit, "vmax": limit, "cbar": k == len(panels) - 1}
         style["cbar_kws"] = {"label": "difference from the mean a", "format": "{x:+.2f}"}
-        ticks = kernels[k][: widths[k]] if sum(widths) <= 24 else False
+        ticks = kernels[k] if sum(widths) <= 24 else False
         sns.heatmap(own.numpy(), ax=axes, xticklabels=ticks, yticklabels=names, **style)
         axes.set_title(f"B{k + 1}")
     drawn.supxlabel("branch, by its kernel" if sum(widths) <= 24 else "branch")

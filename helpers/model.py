@@ -57,14 +57,14 @@ class IntermediateBlock(nn.Module):
         implementation: str = "auto",
     ) -> None:
         super().__init__()
-        for name, value in (("in_channels", in_channels), ("out_channels", out_channels),
-                            ("stride", stride)):  # fmt: skip
-            _check(_is_count(value), name, value, "an integer of at least 1")
-        odd = [_is_count(k) and k % 2 == 1 for k in kernels]
+        counts = {"in_channels": in_channels, "out_channels": out_channels, "stride": stride}
+        for name, value in counts.items():
+            _check(type(value) is int and value > 0, name, value, "an integer of at least 1")
+        odd = [type(k) is int and k > 0 and k % 2 == 1 for k in kernels]
         _check(odd and all(odd), "kernels", kernels, "an odd size for each branch, such as [3, 1]")
         _check(gate in GATES, "gate", gate, ", ".join(GATES))
-        allowed = ", ".join(IMPLEMENTATIONS)
-        _check(implementation in IMPLEMENTATIONS, "implementation", implementation, allowed)
+        known = implementation in IMPLEMENTATIONS
+        _check(known, "implementation", implementation, ", ".join(IMPLEMENTATIONS))
         self.gate_kind, self.stride, self.implementation = gate, stride, implementation
         self.branches = nn.ModuleList(
             nn.Conv2d(in_channels, out_channels, k, stride, padding=k // 2, bias=bias)
@@ -96,7 +96,7 @@ class IntermediateBlock(nn.Module):
         """Let every a start at 1/L (a single sigmoid's at 1/2): the branches differ by their random
         kernels, not by a. A linear a with random weights would have a random sign at first."""
         L = len(self.branches)
-        start = {"softmax": 0.0, "sigmoid": -math.log(L - 1) if L > 1 else 0.0}
+        start = {"softmax": 0.0, "sigmoid": -math.log(max(L - 1, 1))}
         nn.init.zeros_(self.fc.weight)
         nn.init.constant_(self.fc.bias, start.get(self.gate_kind, 1 / L))
         self.fc.weight.requires_grad_(self.gate_kind not in ("constant", "uniform"))
@@ -143,8 +143,6 @@ class WhiteningStem(nn.Module):
     loses nothing (cifar10-airbench, K. Jordan). Nothing here learns.
     """
 
-    regulariser = 5e-4
-
     def __init__(self, filters: int) -> None:
         super().__init__()
         _check(filters in range(2, 55, 2), "stem_filters", filters, "an even 2 to 54, or 0")
@@ -156,7 +154,7 @@ class WhiteningStem(nn.Module):
         patches = F.unfold(images.float(), 3, stride=3).transpose(1, 2).flatten(0, 1)  # …×27
         values, vectors = torch.linalg.eigh(torch.cov(patches.double().t()))  # ascending
         half = len(self.weight) // 2
-        leading = vectors.flip(1)[:, :half] / (values.flip(0)[:half] + self.regulariser).sqrt()
+        leading = vectors.flip(1)[:, :half] / (values.flip(0)[:half] + 5e-4).sqrt()
         filters = leading.t().reshape(half, 3, 3, 3)
         self.weight.copy_(torch.cat([filters, -filters]))
 
@@ -231,7 +229,7 @@ class BlockNetwork(nn.Module):
 
     def fit_stem(self, images: Tensor) -> None:
         """Set the whitening filters, if there is a stem, from normalised training images."""
-        if len(self.stem):
+        if self.stem:
             self.stem[0].fit(images)
 
 
@@ -243,25 +241,17 @@ class Between(nn.Module):
     ) -> None:
         super().__init__()
         self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
-        self.norm = BatchNorm(channels) if normalise else nn.Identity()
+        # Without a scale, which the next block's kernels make redundant, and with statistics that
+        # follow quickly, as a run has a few hundred steps (both as in cifar10-airbench).
+        self.norm = nn.BatchNorm2d(channels, momentum=0.4) if normalise else nn.Identity()
+        if normalise:
+            self.norm.weight.requires_grad_(False)
         self.activation, self.residual = activation, bool(residual)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Of the block's output y and its input x."""
         y = self.norm(self.pool(y))
         return self.activation(y + x if self.residual else y)
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation with its scale fixed at 1 and quick running statistics.
-
-    The scale is redundant with the next block's kernels, and a run of a few hundred steps needs
-    statistics that follow quickly (both as in cifar10-airbench).
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, momentum=0.4)
-        self.weight.requires_grad_(False)
 
 
 def basic_network(blocks: Sequence[Mapping[str, Any]]) -> BlockNetwork:
@@ -271,44 +261,40 @@ def basic_network(blocks: Sequence[Mapping[str, Any]]) -> BlockNetwork:
     block was pooled its branches have stride 2 instead, so that feature maps keep their sizes.
     """
     rows = [
-        {key: row[key] for key in ("channels", "kernels")}
-        | {"stride": 2 if row.get("pool") else row.get("stride", 1)}
+        {"channels": row["channels"], "kernels": row["kernels"],
+         "stride": 2 if row.get("pool") else row.get("stride", 1)}
         for row in blocks
-    ]
+    ]  # fmt: skip
     return BlockNetwork(rows, gate="linear", normalise=False, activation="none")
 
 
-def layer_table(network: BlockNetwork, image_size: int = 32) -> pd.DataFrame:
+def layer_table(network: BlockNetwork) -> pd.DataFrame:
     """What each layer is, gives and costs: a row for each layer that does something.
 
     The index names the layer (stem, B1, after B1, … output). Columns: `what` it is; its `output`
     for one image, c×h×w; its learned `parameters`; its `multiply_adds` for one image, as the
     formula is written (convolutions and fully connected layers, as PyTorch counts them).
     """
-    network = copy.deepcopy(network).to("meta").eval()  # shapes only
-    named = {"stem": network.stem}
+    network, rows = copy.deepcopy(network).to("meta").eval(), {}  # shapes only
+
+    def run(name: str, layer: nn.Module, *inputs: Tensor) -> Tensor:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            y = layer(*inputs)
+        rows[name] = {
+            "what": describe(layer),
+            "output": "×".join(map(str, y.shape[1:])),
+            "parameters": sum(p.numel() for p in layer.parameters() if p.requires_grad),
+            "multiply_adds": counter.get_total_flops() // 2,
+        }
+        return y
+
+    x = run("stem", network.stem, torch.zeros(1, 3, 32, 32, device="meta"))
     for k, (block, between) in enumerate(zip(network.blocks, network.between, strict=True), 1):
         block.implementation = "reference"
-        named |= {f"B{k}": block, f"after B{k}": between}
-    named["output"] = network.output
-    paths = {layer: path for path, layer in network.named_modules()}
-    outputs: dict[nn.Module, Tensor] = {}
-    for layer in named.values():
-        layer.register_forward_hook(lambda layer, _, y: outputs.update({layer: y}))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, 3, image_size, image_size, device="meta"))
-    flops = counter.get_flop_counts()
-    rows = {
-        name: {
-            "what": describe(layer),
-            "output": "×".join(map(str, outputs[layer].shape[1:])),
-            "parameters": sum(p.numel() for p in layer.parameters() if p.requires_grad),
-            "multiply_adds": sum(flops.get(f"BlockNetwork.{paths[layer]}", {}).values()) // 2,
-        }
-        for name, layer in named.items()
-        if describe(layer)
-    }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
+        x = run(f"after B{k}", between, run(f"B{k}", block, x), x)
+    run("output", network.output, x)
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
+    return table[table["what"] != ""]
 
 
 def describe(layer: nn.Module) -> str:
@@ -321,18 +307,16 @@ def describe(layer: nn.Module) -> str:
         parts = [describe(part) for part in layer.children()]
         parts[-1:-1] = ["residual connection"] * getattr(layer, "residual", False)
         return ", ".join(filter(None, parts))
-    names = {
-        OutputBlock: "channel means, fully connected",
-        WhiteningStem: "whitening 3×3",
-        nn.MaxPool2d: "max-pooling 2×2",
-        BatchNorm: "batch norm",
-        nn.Identity: "",
-    }
-    return names.get(type(layer), type(layer).__name__)
+    return DESCRIPTIONS.get(type(layer), type(layer).__name__)
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+DESCRIPTIONS = {
+    OutputBlock: "channel means, fully connected",
+    WhiteningStem: "whitening 3×3",
+    nn.MaxPool2d: "max-pooling 2×2",
+    nn.BatchNorm2d: "batch norm",
+    nn.Identity: "",
+}
 
 
 def _check(right: object, name: str, value: object, allowed: str) -> None:

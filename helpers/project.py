@@ -42,12 +42,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def write_file(
     path: Path, content: str | bytes | Callable[[IO[bytes]], object], keep: Path | None = None
 ) -> None:
-    """Write a file aside, sync it and move it into place, so that readers find it whole.
-
-    Args:
-        content: text (as UTF-8), bytes, or a function that writes into an open file.
-        keep: where the file that was there before is moved to.
-    """
+    """Write a file aside, sync it and move it into place, so that readers find it whole; `content`
+    may be a function that writes into an open file. What was there before is moved to `keep`."""
     aside = path.with_name(path.name + ".new")
     if isinstance(content, str):
         content = content.encode("utf-8")
@@ -72,8 +68,7 @@ def command(kept: str) -> Iterator[None]:
         kept: said when it is stopped from the keyboard: what is kept.
     """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # not a text stream of Python's own
-            stream.reconfigure(errors="backslashreplace")
+        stream.reconfigure(errors="backslashreplace")  # printing never fails
     try:
         yield
     except ProjectError as error:

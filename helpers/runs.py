@@ -1,4 +1,4 @@
-"""What a run is: its record in `notebooks/runs/<name>/`, read, and the tables over records.
+"""What a run is: its record in `notebooks/runs/<name>/`, read and written, and tables over records.
 
 A record holds `config.json` (the parameters), `history.csv` (a row an epoch), `batches.csv` (a row
 a training batch), `metrics.json` (what came out, on what machine) and, where kept, `weights.pt`.
@@ -6,26 +6,27 @@ a training batch), `metrics.json` (what came out, on what machine) and, where ke
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import platform
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 
-from helpers import project
+from helpers import mixing, project
 from helpers.data import ImageData
 from helpers.model import BlockNetwork
-from helpers.project import ProjectError, nearest, shown
+from helpers.project import ProjectError, nearest, shown, write_file
 from helpers.settings import Settings
-
-METRICS = (
-    "dataset", "preset", "seed", "epochs", "test_accuracy", "test_accuracy_tta",
-    "training_accuracy", "train_seconds", "parameters", "finished", "hardware", "weights_sha256",
-)  # fmt: skip
 
 
 class RunError(ProjectError):
@@ -53,33 +54,23 @@ class Run:
 
 
 def read(name: str) -> Run:
-    """A finished run.
-
-    Raises:
-        RunError: there is no such run, it is not finished, or its record cannot be used.
-    """
+    """The finished run of that name; a RunError if its record is not there or cannot be used."""
     folder = project.RUNS / name
     if not name or not folder.is_dir():
         known = sorted(path.parent.name for path in project.RUNS.glob("*/config.json"))
         raise RunError(f"There is no run {name!r} in notebooks/runs: {nearest(name, known)}.")
     if not (folder / "metrics.json").is_file():
-        raise RunError(
-            f"Run {name} is not finished; notebook 03 with the same parameters continues it."
-        )
+        raise RunError(f"Run {name} is not finished; notebook 03 with its parameters continues it.")
     config, metrics = read_json(folder / "config.json"), read_json(folder / "metrics.json")
     try:
         history, batches = (pd.read_csv(folder / f"{part}.csv") for part in ("history", "batches"))
         run = Run(name, config, history, batches, metrics)
-        if lacking := [key for key in METRICS if key not in metrics]:
-            raise ValueError(f"{', '.join(lacking)} is missing")
         if history.empty or batches.empty or config["dataset"] != metrics["dataset"]:
             raise ValueError("its parts do not fit together")
-        run.settings  # noqa: B018  # parameters of this version?
-    except (OSError, KeyError, ValueError, ProjectError) as error:
-        raise RunError(
-            f"The record of run {name} cannot be used ({error!s:.80}); restore it, or delete "
-            f"{shown(folder)}."
-        ) from None
+        table([run])  # has it all, in parameters of this version?
+    except (OSError, KeyError, TypeError, ValueError, ProjectError) as error:
+        why = f"{type(error).__name__}: {error!s:.80}"
+        raise RunError(f"Run {name} cannot be used ({why}); restore or delete it.") from None
     return run
 
 
@@ -99,30 +90,20 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")).items())
     except (OSError, ValueError, AttributeError) as error:
-        raise RunError(
-            f"{shown(path)} cannot be read ({type(error).__name__}); restore it, or delete its "
-            "folder."
-        ) from None
+        why = f"{shown(path)} cannot be read ({type(error).__name__})"
+        raise RunError(f"{why}; restore it, or delete its folder.") from None
 
 
 def check_same_data(run: Run, images: ImageData) -> None:
     """Raise a RunError unless the run was trained on these data."""
     if run.metrics["dataset"] != images.name:
-        raise RunError(
-            f"Run {run.name} was trained on {run.metrics['dataset']}, and the data here is "
-            f"{images.name}: name a run on this data, or make one with notebook 03."
-        )
+        on = run.metrics["dataset"]
+        raise RunError(f"Run {run.name} was trained on {on}, not on {images.name}; name another.")
 
 
 def load_network(run: Run) -> BlockNetwork:
-    """The trained network of a run, in evaluation mode; a RunError if its weights are not here, or
-    are not those that the run wrote."""
+    """A run's network, in evaluation mode; a RunError if its weights are not those it wrote."""
     path = run.folder / "weights.pt"
-    if not path.is_file():
-        raise RunError(
-            f"Run {run.name} has no weights here ({shown(path)}); name a run that has, or make it "
-            "again under another name with notebook 03."
-        )
     network = run.settings.network().to(memory_format=torch.channels_last)
     try:
         content = path.read_bytes()
@@ -130,10 +111,10 @@ def load_network(run: Run) -> BlockNetwork:
             raise ValueError("another checksum")
         weights = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
         network.load_state_dict(weights)
-    except Exception as error:  # whatever a damaged file leads to
+    except Exception as error:  # whatever a missing or damaged file leads to
         raise RunError(
-            f"{shown(path)} is not what run {run.name} wrote ({type(error).__name__}); restore it, "
-            "or make the run again."
+            f"Run {run.name} has no weights that can be used ({shown(path)}: "
+            f"{type(error).__name__}); restore them, or name a run that has."
         ) from None
     return network.eval()
 
@@ -143,57 +124,204 @@ def figure_label(settings: Settings, dataset: str) -> str:
     return settings.run_name.removesuffix("-seed0") if dataset == "cifar10" else dataset
 
 
-# ---- tables over runs
-
-
 def hardware_of(run: Run) -> str:
     """What a run was made on, in words."""
     made_on = run.metrics["hardware"]
     if "gpu" in made_on:
         return f"{made_on['gpu']} ({made_on['precision']})"
-    cores = {1: "one CPU core", 2: "two CPU cores"}
-    threads = cores.get(made_on["threads"], f"{made_on['threads']} CPU cores")
-    return f"{threads} ({made_on['processor']}, {made_on['precision']})"
+    n = made_on["threads"]
+    cores = {1: "one CPU core", 2: "two CPU cores"}.get(n, f"{n} CPU cores")
+    return f"{cores} ({made_on['processor']}, {made_on['precision']})"
 
 
-def training_of(run: Run) -> dict[str, Any]:
-    """What decides a run's accuracy, but for its seed and machine."""
-    ignored = ("preset", "seed", "run", "device", "precision")
-    return {key: value for key, value in run.config.items() if key not in ignored}
+NUMBERS = ("test_accuracy", "test_accuracy_tta", "train_seconds", "parameters")
 
 
-def seeds_of(run: Run, among: list[Run] | None = None) -> pd.DataFrame:
-    """The metrics of all finished runs like this one, of other seeds or machines; a row a run, with
-    its name in `run`; `hardware` is in words."""
-    alike = [one for one in among or finished() if training_of(one) == training_of(run)]
-    rows = [{"run": one.name} | one.metrics | {"hardware": hardware_of(one)} for one in alike]
-    return pd.DataFrame(rows).sort_values(["hardware", "seed"], ignore_index=True)
+def table(runs: list[Run]) -> pd.DataFrame:
+    """A row a run: its name in `run`, `preset`, `seed`, `hardware` in words, in `recipe` all that
+    decides its accuracy but for seed and machine, and the `NUMBERS` of its metrics."""
+    rows, no_recipe = [], {"preset", "seed", "run", "device", "precision"}
+    for run in runs:
+        settings, numbers = run.settings, [float(run.metrics[name]) for name in NUMBERS]
+        recipe = run.metrics["dataset"] + settings.model_dump_json(exclude=no_recipe)
+        known = run.name, settings.preset, settings.seed, hardware_of(run), recipe
+        rows.append((*known, *numbers))
+    return pd.DataFrame(rows, columns=["run", "preset", "seed", "hardware", "recipe", *NUMBERS])
+
+
+def seeds_of(run: Run) -> pd.DataFrame:
+    """The rows of all finished runs like this one, of other seeds or machines."""
+    rows, recipe = table(finished()), table([run])["recipe"][0]
+    return rows[rows["recipe"] == recipe].sort_values(["hardware", "seed"], ignore_index=True)
 
 
 def results() -> pd.DataFrame:
-    """What the recipes on record reach on CIFAR-10, trained on all images; a row for each recipe
-    and machine, the quickest first: one `run`, `preset`, `hardware` in words, `parameters`, `n`
-    seeds, mean `accuracy` ± `deviation`, `tta` ± `tta_deviation` (six views; fractions), `minutes`
-    ± `minutes_deviation` of training."""
-    subset, rows = ("validation", "train_images", "test_images"), []
-    for run in finished():
-        if run.metrics["dataset"] == "cifar10" and not any(run.config[key] for key in subset):
-            measured = run.metrics["test_accuracy"], run.metrics["test_accuracy_tta"]
-            minutes, parameters = run.metrics["train_seconds"] / 60, run.metrics["parameters"]
-            recipe = json.dumps(training_of(run), sort_keys=True), hardware_of(run)
-            rows.append((*recipe, run.name, run.config["preset"], parameters, *measured, minutes))
-    columns = ["recipe", "hardware", "run", "preset", "parameters", "accuracy", "tta", "minutes"]
-    groups = pd.DataFrame(rows, columns=columns).groupby(["recipe", "hardware"], sort=False)
-    table = groups.agg(
-        run=("run", "first"), preset=("preset", "first"), parameters=("parameters", "first"),
-        n=("run", "size"), accuracy=("accuracy", "mean"), deviation=("accuracy", "std"),
-        tta=("tta", "mean"), tta_deviation=("tta", "std"),
-        minutes=("minutes", "mean"), minutes_deviation=("minutes", "std"),
+    """What the recipes on record reach on all of CIFAR-10; a row for each recipe and machine, the
+    quickest first: `preset`, `hardware` in words, `n` seeds, mean `accuracy` ± `deviation`, `tta`
+    (six views; fractions) and `minutes` of training."""
+    subset = ("validation", "train_images", "test_images")
+    whole = [run for run in finished() if not any(map(run.config.get, subset))]
+    rows = table([run for run in whole if run.metrics["dataset"] == "cifar10"])
+    groups = rows.assign(minutes=rows["train_seconds"] / 60).groupby(["recipe", "hardware"])
+    means = groups.agg(
+        preset=("preset", "first"), n=("run", "size"), accuracy=("test_accuracy", "mean"),
+        deviation=("test_accuracy", "std"), tta=("test_accuracy_tta", "mean"),
+        minutes=("minutes", "mean"),
     )  # fmt: skip
-    return table.reset_index("hardware").sort_values("minutes", ignore_index=True)
+    return means.reset_index("hardware").sort_values("minutes", ignore_index=True)
 
 
 def history() -> pd.DataFrame:
     """What earlier recipes reached, `notebooks/runs/history.csv`: `name`, `recipe` in words,
     `accuracy` ± `deviation` and `tta` (fractions), `n`, `minutes`, `machine`, `commit`."""
     return pd.read_csv(project.RUNS / "history.csv")
+
+
+class Record:
+    """A run that is being written: what is known after an epoch is on disk after that epoch.
+
+    In a `with` statement, which locks the record. A run that was begun under this name and not
+    finished is continued; if it is another run's, a RunError says so. A full disk does not stop the
+    training: `say` is called with a sentence, and the next writing tries again.
+    """
+
+    def __init__(
+        self, settings: Settings, dataset: str, say: Callable[[str], None] = print
+    ) -> None:
+        self.say = say
+        self.config = settings.model_dump(mode="json") | {"dataset": dataset}
+        self.name = settings.run or free_name(settings.run_name, self.config)
+        self.folder = project.RUNS / self.name
+        self.config["run"] = self.name
+        self.checkpoints = self.folder / "checkpoint.pt", self.folder / "checkpoint-before.pt"
+        self.lock = FileLock(self.folder / ".lock", timeout=0)
+        self.epochs: list[dict[str, Any]] = []
+        self.batches: list[dict[str, Any]] = []
+        self.interruptions = 0
+
+    def __enter__(self) -> Record:
+        config = self.folder / "config.json"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self.lock:
+                if not config.is_file():
+                    write_file(config, as_json(self.config))
+                begun = read_json(config)
+                if other := [key for key in self.config if begun.get(key) != self.config[key]]:
+                    why = f"Run {self.name} was begun with other {', '.join(other[:3])}"
+                    raise RunError(f"{why}; give another name with the parameter run.")
+                self.lock.acquire()  # once more: held until __exit__
+        except Timeout:
+            raise RunError(f"Run {self.name} is written by another process; wait.") from None
+        except OSError as error:
+            raise RunError(f"{shown(self.folder)} cannot be written: {error.strerror}.") from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+        if (self.folder / "metrics.json").is_file():
+            (self.folder / ".lock").unlink(missing_ok=True)
+
+    def finished(self) -> Run | None:
+        """The run, if it is finished already."""
+        return read(self.name) if (self.folder / "metrics.json").is_file() else None
+
+    def checkpoint(self) -> dict[str, Any] | None:
+        """The training state of the latest checkpoint that can be used, or None. One that cannot is
+        moved aside, so that it never takes the place of a good one."""
+        for path in filter(Path.is_file, self.checkpoints):
+            try:
+                state = torch.load(path, weights_only=True, map_location="cpu")
+                if state["config"] != self.config:
+                    raise ValueError("it belongs to another run")
+                self.epochs, self.batches = state["epochs"], state["batches"]
+                self.interruptions = state["interruptions"] + 1
+                return state["training"]
+            except (OSError, MemoryError):
+                raise  # nothing may be wrong with the file
+            except Exception as error:  # whatever a damaged file leads to
+                why = f"{type(error).__name__}: {error}".splitlines()[0][:80]
+                self.say(f"{shown(path)} is not used ({why}); it is kept as {path.stem}-bad.pt.")
+                path.replace(path.with_name(f"{path.stem}-bad.pt"))
+        return None
+
+    def save(self, training: dict[str, Any]) -> None:
+        """Write a checkpoint with this training state; the one before is kept beside it."""
+        names = ("config", "epochs", "batches", "interruptions")
+        state = {name: getattr(self, name) for name in names} | {"training": training}
+        self.write(self.checkpoints[0], lambda file: torch.save(state, file), self.checkpoints[1])
+
+    def write(self, path: Path, content: Any, keep: Path | None = None) -> bool:
+        """`write_file`, but where that fails it is said, and the training goes on."""
+        try:
+            write_file(path, content, keep)
+        except (OSError, RuntimeError) as error:  # torch.save makes the one of the other
+            why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            self.say(f"{shown(path)} could not be written ({why}); the training goes on.")
+            return False
+        return True
+
+    def add_epoch(self, row: dict[str, Any], batches: list[dict[str, Any]]) -> None:
+        """Add an epoch's row of `history.csv` and its rows of `batches.csv`."""
+        self.epochs.append(row)
+        self.batches += batches
+        self.write_tables()
+
+    def write_tables(self) -> bool:
+        tables = {"history": self.epochs, "batches": self.batches}
+        texts = {name: pd.DataFrame(rows).to_csv(index=False) for name, rows in tables.items()}
+        return all([self.write(self.folder / f"{name}.csv", text) for name, text in texts.items()])
+
+    def finish(self, network: BlockNetwork, metrics: dict[str, Any]) -> Run:
+        """Write weights and metrics, remove the checkpoints, and give the finished run. Where not
+        all of it can be written the run stays unfinished, and its checkpoints stay."""
+        learned = network.state_dict().items()  # rounded: see training.round_to_half
+        weights = {name: x.half() if x.is_floating_point() else x for name, x in learned}
+        file = io.BytesIO()
+        torch.save(weights, file)
+        checksum = hashlib.sha256(file.getvalue()).hexdigest()
+        metrics |= {"interruptions": self.interruptions, "weights_sha256": checksum}
+        written = self.write(self.folder / "weights.pt", file.getvalue()) & self.write_tables()
+        if written and self.write(self.folder / "metrics.json", as_json(metrics)):
+            for path in self.checkpoints:
+                path.unlink(missing_ok=True)
+        else:
+            self.say(f"Run {self.name} stays unfinished: make room, and start it again.")
+        tables = pd.DataFrame(self.epochs), pd.DataFrame(self.batches)
+        return Run(self.name, self.config, *tables, metrics)
+
+
+def free_name(stem: str, config: dict[str, Any]) -> str:
+    """The first of `stem`, `stem-2`, `stem-3` … that no other run has: one that is free, or that is
+    a run of these parameters, unfinished or with its weights."""
+    name, number = stem, 2
+    while (folder := project.RUNS / name).is_dir():
+        with contextlib.suppress(RunError):
+            kept = (folder / "weights.pt").exists() or not (folder / "metrics.json").exists()
+            if kept and read_json(folder / "config.json") == config | {"run": name}:
+                break
+        name, number = f"{stem}-{number}", number + 1
+    return name
+
+
+def surroundings(device: torch.device, precision: torch.dtype) -> dict[str, Any]:
+    """When and on what something was made: `finished`, `hardware`, `versions`."""
+    linux = Path("/proc/cpuinfo")
+    named = linux.is_file() and re.search(r"model name\s*: (.*)", linux.read_text(encoding="utf-8"))
+    hardware: dict[str, Any] = {
+        "processor": named[1] if named else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "device": device.type,
+        "precision": str(precision).removeprefix("torch."),
+        "mixed": device.type == "cpu" and not mixing.unavailable(),
+    }
+    if device.type == "cuda":
+        hardware["gpu"] = torch.cuda.get_device_name(device)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"finished": finished, "hardware": hardware, "versions": versions}
+
+
+def as_json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import symtable
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Annotated, Any, Literal
@@ -17,12 +18,12 @@ from helpers.data import IMAGE_SIZE, TRAINING_IMAGES
 from helpers.model import BlockNetwork
 from helpers.project import PRESETS, ProjectError, nearest, shown
 
+CHECK = "check_parameters("  # what is before it in a cell is read
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 Gate = Literal["linear", "softmax", "sigmoid", "constant", "uniform"]
 Images = Annotated[int, Field(ge=0, le=TRAINING_IMAGES)]
-Pixels = Annotated[int, Field(ge=0, lt=IMAGE_SIZE)]
 Size = Annotated[int, Field(ge=8, le=IMAGE_SIZE)]
-Kernel = Annotated[int, Field(ge=1, lt=IMAGE_SIZE)]
+Pixels = Annotated[int, Field(ge=0, lt=IMAGE_SIZE)]
 Rate = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -39,23 +40,18 @@ class Block(Strict):
     """A row of `Settings.blocks`: one intermediate block, and what follows it."""
 
     channels: int = Field(ge=1, le=4096)
-    kernels: list[Kernel] = Field(min_length=1, max_length=64, strict=False)
+    kernels: list[Pixels] = Field(max_length=64, strict=False)
     stride: int = Field(1, ge=1, le=4)
     pool: bool = False
     residual: bool = False
     gate: Gate | None = None
 
 
-SMALL = [
-    Block(channels=channels, kernels=[3, 1], pool=pool)
-    for channels in (32, 128, 128)
-    for pool in (True, False)
-]
+SMALL = [Block(channels=c, kernels=[3, 1], pool=p) for c in (32, 128, 128) for p in (True, False)]
 
 
 class Settings(Strict):
-    """Every parameter of a run; the defaults are the preset `small`'s. The parameters cell of
-    notebook 03 says what each is."""
+    """Every parameter of a run, as the preset `small` has it; notebook 03 says what each is."""
 
     preset: str = Field("small", pattern=f"^{NAME}$")
     seed: int = Field(0, ge=0, lt=2**32)
@@ -63,13 +59,13 @@ class Settings(Strict):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
-    validation: Images = 0
+    validation: int = Field(0, ge=0, le=TRAINING_IMAGES - 1000)
     train_images: Images = 0
     test_images: Images = 0
 
-    blocks: list[Block] = Field(SMALL, min_length=1, strict=False)
+    blocks: list[Block] = Field(SMALL, strict=False)
     gate: Gate = "linear"
-    stem_filters: int = Field(24, ge=0, le=54)
+    stem_filters: int = 24
     normalise: bool = True
     activation: Literal["none", "relu", "gelu", "silu"] = "silu"
 
@@ -95,15 +91,15 @@ class Settings(Strict):
         except ValidationError as error:
             raise ParameterError(first_fault(error)) from None
         size, fault = min([IMAGE_SIZE, *self.first_sizes]), ""
-        if self.train_images + self.validation > TRAINING_IMAGES or self.validation > 49_000:
+        if self.train_images + self.validation > TRAINING_IMAGES:
             fault = f"train_images and validation: there are {TRAINING_IMAGES} images in all"
         elif len(self.first_sizes) >= self.epochs:
             fault = "first_sizes: there must be fewer than epochs; the last epoch is at 32 pixels"
         try:
             with torch.device("meta"):  # shapes only: known before any image is read
                 self.network().eval()(torch.zeros(2, 3, size, size))
-        except ValueError as error:
-            fault = f"blocks: {error}".rstrip(".")
+        except ValueError as error:  # it says which parameter is not allowed
+            fault = str(error).rstrip(".")
         except RuntimeError:
             fault = f"blocks: nothing is left of images of {size}×{size} pixels; pool fewer blocks"
         if fault:
@@ -130,129 +126,89 @@ def first_fault(error: ValidationError) -> str:
     value, hint = fault["input"], ""
     if fault["type"] == "extra_forbidden" and not inside:
         return f"Parameter {name} is not known: {nearest(name, Settings.model_fields)}."
-    if isinstance(value, str):  # what papermill's -p makes of other than numbers
+    if fault["type"] == "string_type":
+        hint = f" (papermill: -r {name} {value})"
+    elif isinstance(value, str):  # what papermill's -p makes of other than numbers
         if value.lower() in ("true", "false"):
             hint = f" (papermill: -p {name} {value.title()})"
         elif value.startswith(("[", "{", "(")):
             hint = f" (papermill: -y '{{{name}: {value}}}')"
         elif re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value):
             hint = f" (in YAML with a point: {float(value):.1e})"
-    elif fault["type"] == "string_type":
-        hint = f" (papermill: -r {name} {value})"
-    what = fault["msg"].replace("Input should", "it should")
-    if fault["type"] == "missing":
-        value, what = "nothing", "it has to be given"
-    if fault["type"] == "string_pattern_mismatch":
-        what = "it should be a name of letters, digits, '.', '_' and '-'"
     where = "".join(f"[{part!r}]" for part in inside)
+    what = fault["msg"].replace("Input should", "it should")
     return f"Parameter {name}{where} = {value!r:.60}: {what}{hint}."
 
 
 def check_parameters(
     namespace: dict[str, Any], takes: Sequence[str] = tuple(Settings.model_fields)
 ) -> Settings:
-    """The settings of a notebook, from its variables, right after its parameters cell.
+    """The settings of a notebook, from its `globals()`, right after its parameters cell.
 
-    papermill only warns of a name that a notebook does not know, and runs on the defaults; so the
-    cells that were run are read, and what they assign has to be a parameter: all cells at the first
-    check; later, among the story's own, those that assign a parameter or come just before.
-
-    Args:
-        namespace: the notebook's `globals()`.
-        takes: the parameters that the notebook takes, if not all.
-
-    Raises:
-        ParameterError: naming the parameter, its value and what is allowed.
+    papermill only warns of a name that a notebook does not know, and runs on the defaults. So what
+    the cells before the first check assign has to be a parameter. Before a later check the story's
+    own cells were run too: then only those count that assign a parameter or come just before. A
+    notebook that `takes` but a few parameters refuses the others.
     """
-    cells = namespace.get("In", [])
-    checks = [k for k, cell in enumerate(cells) if CHECK in cell]
-    begin = checks[-2] if len(checks) > 1 else 0
-    given = [name for name in takes if name in namespace]
-    for k, cell in enumerate(cells[begin:], begin):
-        names = assigned(cell)
-        if begin == 0 or k >= len(cells) - 2 or set(names) & set(Settings.model_fields):
-            given += [name for name in names if name in namespace and not name.startswith("_")]
-    for name in given:
-        if name in Settings.model_fields and name not in takes:
-            raise ParameterError(
-                f"Parameter {name} is not one of this notebook, which takes {', '.join(takes)}."
-            )
-    settings = Settings(**{name: namespace[name] for name in given})
+    known, cells = Settings.model_fields.keys(), namespace.get("In", [])
+    begin = max((k for k, cell in enumerate(cells[:-1]) if CHECK in cell), default=0)
+    given = set(takes)
+    for k, names in enumerate(map(assigned, cells[begin:]), begin):
+        if begin == 0 or k >= len(cells) - 2 or names & known:
+            given |= {name for name in names if not name.startswith("_")}
+    given &= namespace.keys()
+    if foreign := given & known - set(takes):
+        names = ", ".join(takes)
+        raise ParameterError(f"Parameter {min(foreign)} is not one of this notebook: {names}.")
+    settings = Settings(**{name: namespace[name] for name in sorted(given)})
     pick_precision(settings.precision, pick_device(settings.device))  # can this machine do it?
     return settings
 
 
-CHECK = "check_parameters("
-RUN_HERE = ("%%time", "%%capture", "%%prun")  # cell magics whose body assigns in the notebook
-
-
-def assigned(cell: str) -> list[str]:
-    """The names that a cell assigns at its top level, in whatever form, before any check.
-
-    Raises:
-        ParameterError: it cannot be read as Python, with IPython's commands or without.
-    """
-    lines = cell.splitlines()
-    if lines and lines[0].startswith("%%"):
-        lines = lines[1:] if lines[0].startswith(RUN_HERE) else []
+def assigned(cell: str) -> set[str]:
+    """The names that a cell assigns, in whatever form, before any check."""
+    body = re.sub(r"\A(\s*%%.*\n?)+", "", cell)
     try:
-        statements = ast.parse(TransformerManager().transform_cell("\n".join(lines))).body
+        statements = ast.parse(TransformerManager().transform_cell(body)).body
+        before = takewhile(lambda text: CHECK not in text, map(ast.unparse, statements))
+        symbols = symtable.symtable("\n".join(before), "cell", "exec").get_symbols()
     except SyntaxError:
+        if body != cell:  # a cell magic in another language, such as %%bash
+            return set()
         raise ParameterError(
-            f"The cell that begins {cell.strip()[:40]!r} cannot be read as Python, so its "
-            "parameters cannot be checked; write plain assignments, one a line."
+            f"The cell that begins {cell.strip()[:40]!r} is no Python; write plain assignments."
         ) from None
-    names, nodes = [], [*takewhile(lambda one: CHECK not in ast.unparse(one), statements)]
-    for node in nodes:
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.append(node.id)
-        scopes = ast.FunctionDef | ast.ClassDef | ast.Lambda | ast.ListComp | ast.GeneratorExp
-        if not isinstance(node, scopes | ast.DictComp | ast.SetComp):  # with names of their own
-            nodes.extend(ast.iter_child_nodes(node))
-    return names
-
-
-def preset_names() -> list[str]:
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    return {one.get_name() for one in symbols if one.is_assigned() and not one.is_namespace()}
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """The parameters that a preset gives: those in which it differs from the defaults.
-
-    Raises:
-        ParameterError: there is no such preset, or a parameter in it cannot be used.
-    """
-    if name not in preset_names():
-        raise ParameterError(f"There is no preset {name!r}: {nearest(name, preset_names())}.")
-    path = PRESETS / f"{name}.yaml"
+    """The parameters that a preset gives: those in which it differs from the defaults."""
+    path, known = PRESETS / f"{name}.yaml", [path.stem for path in PRESETS.glob("*.yaml")]
+    if name not in known:
+        raise ParameterError(f"There is no preset {name!r}: {nearest(name, known)}.")
     try:
         text = path.read_text(encoding="utf-8")
         parameters = yaml.safe_load(text)
         Settings(**parameters)
-        if octal := re.search(r"^.*: 0\d.*$", text, re.MULTILINE):
-            raise ParameterError(f"{octal[0]}: write numbers without a leading zero.")
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError):
-        raise ParameterError(f"{shown(path)} is no YAML of lines like epochs: 6.") from None
     except ParameterError as error:
         raise ParameterError(f"{shown(path)}: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError):
+        raise ParameterError(f"{shown(path)} is no YAML of lines like epochs: 6.") from None
+    if octal := re.search(r"^[^#\n]*[ ,\[]0\d.*$", text, re.MULTILINE):  # YAML reads 012 as 10
+        raise ParameterError(f"{shown(path)}: write {octal[0]!r:.40} without a leading zero.")
     if parameters.get("preset") != name:
         raise ParameterError(f"{shown(path)} must say preset: {name}.")
     return parameters
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name; `"auto"` is a GPU on which a convolution works, or else the CPU.
-
-    Raises:
-        ParameterError: this machine does not have it, or it does not work.
-    """
+    """The device of a name; `"auto"` is a GPU on which a convolution works, or else the CPU."""
     gpus = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     for candidate in [*gpus, "cpu"] if name == "auto" else [name]:
         try:
-            device = torch.device(candidate)
-            x = torch.zeros(1, 3, 8, 8, device=device)
+            x = torch.zeros(1, 3, 8, 8, device=candidate)
             torch.nn.functional.conv2d(x, x).sum().item()
-            return device
+            return torch.device(candidate)
         except (RuntimeError, AssertionError) as error:
             why = f"{candidate} does not work here ({str(error).splitlines()[0][:80]})"
             if name == "auto":
@@ -261,12 +217,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of feature maps while training. `"auto"` is bfloat16 where the device has it,
-    float16 on other CUDA GPUs, else float32.
-
-    Raises:
-        ParameterError: a dtype that the device would emulate, up to hundreds of times slower.
-    """
+    """The dtype of feature maps in training; `"auto"`: bfloat16 where the device has it, else
+    float16 on CUDA, else float32. What would be emulated, hundreds of times slower, is refused."""
     able = ["float32"]
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -276,8 +228,8 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         able = ["bfloat16"] * (has.get("avx512_bf16") or has.get("amx_bf16") or False) + able
     chosen = able[0] if name == "auto" else name
     if chosen not in able:
+        allowed = ", ".join(["auto", *able])
         raise ParameterError(
-            f"Parameter precision = {name!r}: this {device.type} has no instructions for it; "
-            f"use auto or {' or '.join(able)}."
+            f"Parameter precision = {name!r}: on this {device.type}, use {allowed}."
         )
     return getattr(torch, chosen)

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import joblib
-import numpy as np
 import pandas as pd
-from scipy.stats import t as student
+from statsmodels.formula.api import ols
 
 from helpers import data, evaluation, project, training
 from helpers.model import layer_table
@@ -37,48 +36,34 @@ COMMON = branches(3, 3, 3, 3) | {
 }  # fmt: skip
 SLOWLY = {"learning_rate": 0.007, "adam_learning_rate": 0.0014, "gate_learning_rate": 0.0014}
 
-# Question → variant → what it is in words, and the parameters in which it differs from COMMON.
-VARIANTS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
-    "which a": {
-        "softmax": ("four 3×3 branches, softmax a", {}),
-        "sigmoid": ("sigmoid a", {"gate": "sigmoid"}),
-        "linear": ("linear a, at a tenth of all rates", {"gate": "linear"} | SLOWLY),
-        "constant": ("learned a, the same for all images", {"gate": "constant"}),
-        "uniform": ("a = 1/L", {"gate": "uniform"}),
-    },
-    "how many branches": {
-        "one": ("one branch", branches(3)),
-        "two": ("two branches", branches(3, 3)),
-        "eight": ("eight branches", branches(*[3] * 8)),
-    },
-    "one wide branch instead": {
-        "one-same-parameters": ("one branch, as many parameters", branches(3, wider=2)),
-    },
-    "which kernels": {
-        "kernels-1-3": ("two 3×3 and two 1×1 branches", branches(3, 3, 1, 1)),
-    },
-}  # fmt: skip
+# Variant → what it is in words, and the parameters in which it differs from COMMON.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "softmax": ("four 3×3 branches, softmax a", {}),
+    "sigmoid": ("sigmoid a", {"gate": "sigmoid"}),
+    "linear": ("linear a, at a tenth of all rates", {"gate": "linear"} | SLOWLY),
+    "constant": ("learned a, the same for all images", {"gate": "constant"}),
+    "uniform": ("a = 1/L", {"gate": "uniform"}),
+    "one": ("one branch", branches(3)),
+    "two": ("two branches", branches(3, 3)),
+    "eight": ("eight branches", branches(*[3] * 8)),
+    "one-same-parameters": ("one branch, as many parameters", branches(3, wider=2)),
+    "kernels-1-3": ("two 3×3 and two 1×1 branches", branches(3, 3, 1, 1)),
+}
+WORDS = {name: words for name, (words, _) in VARIANTS.items()}
 SEEDS = dict.fromkeys(("softmax", "constant", "uniform", "one"), 8)  # of the others: 3
-WORDS = {name: words for group in VARIANTS.values() for name, (words, _) in group.items()}
 
 
-def planned() -> Iterator[tuple[str, str, int, Settings]]:
-    """Every run: question, variant, seed and parameters; a seed of all variants before the next."""
+def planned() -> Iterator[tuple[str, int, Settings]]:
+    """Every run: variant, seed and parameters; a seed of all variants before the next."""
     for seed in range(max(SEEDS.values())):
-        for question, group in VARIANTS.items():
-            for variant, (_, changes) in group.items():
-                if seed < SEEDS.get(variant, 3):
-                    name = f"study-{variant}-seed{seed}"
-                    yield (
-                        question,
-                        variant,
-                        seed,
-                        Settings(**COMMON | changes | {"seed": seed, "run": name}),
-                    )
+        for variant, (_, changes) in VARIANTS.items():
+            if seed < SEEDS.get(variant, 3):
+                own = {"seed": seed, "run": f"study-{variant}-seed{seed}"}
+                yield variant, seed, Settings(**COMMON | changes | own)
 
 
 def table() -> pd.DataFrame:
-    """The study, a row a run: `question`, `variant`, `seed`, `accuracy` on validation images, that
+    """The study, a row a run: `variant`, `seed`, `accuracy` on validation images, that
     with another image's a (`accuracy_shuffled`) and with the mean a (`accuracy_mean`), `seconds` of
     training, `parameters`, `multiply_adds` an image."""
     return pd.read_csv(project.RUNS / "study.csv")
@@ -90,7 +75,7 @@ def ladder() -> pd.DataFrame:
     return pd.read_csv(project.RUNS / "ladder.csv")
 
 
-def run_one(question: str, variant: str, seed: int, settings: Settings) -> dict[str, Any]:
+def run_one(variant: str, seed: int, settings: Settings) -> dict[str, Any]:
     """Train one run; its row of the table. The record is deleted."""
     images = data.load_data()
     if images.name != "cifar10":
@@ -104,7 +89,7 @@ def run_one(question: str, variant: str, seed: int, settings: Settings) -> dict[
         accuracies[f"accuracy_{what}"] = evaluation.accuracy(logits, validation.labels)
     shutil.rmtree(run.folder)
     return {
-        "question": question, "variant": variant, "seed": seed,
+        "variant": variant, "seed": seed,
         "accuracy": run.metrics["validation_accuracy"], **accuracies,
         "seconds": run.metrics["train_seconds"], "parameters": run.metrics["parameters"],
         "multiply_adds": layer_table(settings.network())["multiply_adds"].sum(),
@@ -121,27 +106,14 @@ def compare(results: pd.DataFrame, base: str = BASE) -> pd.DataFrame:
     Returns:
         index the variant; `words`, `difference`, `low`, `high` (fractions), and `n` seeds.
     """
-    variants = pd.get_dummies(results["variant"], dtype=float)
-    seeds = pd.get_dummies(results["seed"], dtype=float, prefix="seed").iloc[:, 1:]
-    X, y = np.column_stack([variants, seeds]), results["accuracy"].to_numpy()
-    inverse = np.linalg.pinv(X.T @ X)
-    fitted = inverse @ X.T @ y
-    freedom = len(y) - X.shape[1]
-    variance = ((y - X @ fitted) ** 2).sum() / freedom
-    quantile = student.ppf(1 - 0.025 / (variants.shape[1] - 1), freedom)
-    rows = {}
-    for name in results["variant"].drop_duplicates():
-        contrast = np.zeros(X.shape[1])
-        contrast[variants.columns.get_loc(name)] += 1
-        contrast[variants.columns.get_loc(base)] -= 1
-        half = quantile * np.sqrt(variance * (contrast @ inverse @ contrast))
-        difference = contrast @ fitted
-        rows[name] = {
-            "words": WORDS.get(name, name), "difference": difference,
-            "low": difference - half, "high": difference + half,
-            "n": int((results["variant"] == name).sum()),
-        }  # fmt: skip
-    return pd.DataFrame.from_dict(rows, orient="index").drop(index=base)
+    fit = ols(f"accuracy ~ C(variant, Treatment({base!r})) + C(seed)", results).fit()
+    found = fit.params.filter(regex="variant")
+    intervals = fit.conf_int(0.05 / len(found)).loc[found.index]
+    variants = found.index.str.extract(r"\[T\.(.*)\]", expand=False)
+    compared = pd.DataFrame({"difference": found, "low": intervals[0], "high": intervals[1]})
+    compared = compared.set_index(variants).assign(n=results["variant"].value_counts())
+    compared.insert(0, "words", [WORDS.get(name, name) for name in variants])
+    return compared.reindex([name for name in results["variant"].unique() if name != base])
 
 
 def main() -> None:
@@ -152,7 +124,7 @@ def main() -> None:
     with command("the rows that are finished are kept"):
         done = table()
         there = set(zip(done["variant"], done["seed"], strict=True))
-        missing = [run for run in planned() if run[1:3] not in there]
+        missing = [run for run in planned() if run[:2] not in there]
         minutes = len(missing) * done["seconds"].median() / 60
         print(f"{len(missing)} runs are missing, about {minutes:.0f} minutes one after another.")
         if options.list:

@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -20,17 +19,15 @@ from torch.optim.swa_utils import update_bn
 
 from helpers import data, evaluation
 from helpers.augment import Augmentation, resize
-from helpers.cuda_graph import Replayed
 from helpers.data import ImageData, ImageSet
 from helpers.model import BlockNetwork
 from helpers.optimizers import make_optimizers, set_learning_rate
 from helpers.project import ProjectError
-from helpers.record import Record, surroundings
-from helpers.runs import Run, load_network
+from helpers.runs import Record, Run, load_network, surroundings
 from helpers.settings import Settings, pick_device, pick_precision
 
 SECONDS_BETWEEN_CHECKPOINTS = 30
-MEASURED = 5_000  # clean training images whose accuracy is measured after an epoch
+MEASURED = 2_000  # clean training images whose accuracy is measured after an epoch
 RECALIBRATED = 10_000  # images for batch-norm recalibration
 
 
@@ -45,13 +42,7 @@ def train(
 
     A run that was stopped goes on from its last checkpoint, half a minute old at most, and ends
     with the same bits (on the same CPU with as many threads). One that is finished is only read.
-
-    Args:
-        say: called with a line for each epoch, and if something is unusual.
-
-    Raises:
-        ParameterError, RunError: this machine cannot do it, or the run cannot be recorded.
-        TrainingError: a loss or weights that are not finite.
+    Raises a TrainingError for a loss or weights that are not finite.
     """
     device = pick_device(settings.device)
     parts = data.parts(images, settings.validation, settings.train_images, settings.test_images)
@@ -66,16 +57,13 @@ def train(
         if (checkpoint := record.checkpoint()) is not None:
             state.load(checkpoint)
             say(f"Run {record.name} goes on in epoch {state.epoch}, batch {len(state.rows) + 1}.")
-        step: Callable[..., tuple[Tensor, ...]] = partial(
-            train_step, state.network, state.optimizers, state.scaler, state.precision,
-            settings.label_smoothing,
-        )  # fmt: skip
-        if device.type == "cuda" and state.precision != torch.float16:
-            step = Replayed(step, state.network)
         while state.epoch <= settings.epochs:
             for x, labels, index in state.remaining_batches():
                 weights = state.importance[index].to(device)
-                losses, hits = step(x, labels, weights)
+                losses, hits = train_step(
+                    state.network, state.optimizers, state.scaler, state.precision,
+                    settings.label_smoothing, x, labels, weights,
+                )  # fmt: skip
                 state.note(index, losses, hits)
                 if state.is_checkpoint_due():
                     record.save(state.checkpoint())
@@ -84,7 +72,7 @@ def train(
             say(epoch_line(row, settings))
             state.begin_epoch(state.epoch + 1)
             record.save(state.checkpoint())
-        return state.network, record.finish(state.network, final_metrics(state, record, test))
+        return state.network, record.finish(state.network, final_metrics(state, record))
 
 
 def train_step(
@@ -241,7 +229,6 @@ class TrainState:
             "loss": sum(row["loss"] * row["weight"] for row in self.rows) / weight,
             "training_accuracy_running": sum(row["hits"] for row in self.rows) / weight,
             "learning_rate": self.rows[-1]["learning_rate"], "seconds": self.seconds,
-            "images_per_second": sum(row["images"] for row in self.rows) / self.seconds,
         }  # fmt: skip
 
     def check_finite(self, what: str, values: Iterable[Tensor]) -> None:
@@ -263,8 +250,7 @@ class TrainState:
         """Go back to a `checkpoint()`."""
         self.network.load_state_dict(saved["network"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-            here = optimizer.state_dict()["param_groups"]  # the same but for what a GPU needs
-            optimizer.load_state_dict(state | {"param_groups": here})
+            optimizer.load_state_dict(state)
         self.scaler.load_state_dict(saved["scaler"])
         for name in self.SAVED:
             setattr(self, name, saved[name])
@@ -291,37 +277,34 @@ def round_to_half(network: nn.Module) -> None:
 
 def measure(
     state: TrainState, training: ImageSet, validation: ImageSet | None, test: ImageSet
-) -> dict[str, float | None]:
-    """Exact accuracies on clean images at full resolution, fractions; None without a validation
-    set. In the precision of the training on the way, in float32 at the end."""
+) -> dict[str, float]:
+    """Accuracies on clean images at the epoch's resolution, in the precision of the training; after
+    the last epoch in float32, and of the test set from six views besides."""
+    network, size = state.network, state.settings.image_size(state.epoch)
     last = state.epoch == state.settings.epochs
-    sets = {
-        "training": training.first(min(MEASURED, len(training))),
-        "test": test,
-        "validation": validation,
-    }
-    found: dict[str, float | None] = {}
-    for name, part in sets.items():
-        exact = last and name != "training"
-        precision = torch.float32 if exact else state.precision
-        found[f"{name}_accuracy"] = part and evaluation.accuracy(
-            evaluation.predict(state.network, part, precision=precision), part.labels
-        )
+    precision = torch.float32 if last else state.precision
+    some = training.first(min(MEASURED, len(training)))
+    found = {}
+    for name, part in (("training", some), ("validation", validation), ("test", test)):
+        if part:
+            logits = evaluation.predict(network, part, precision, size)
+            found[f"{name}_accuracy"] = evaluation.accuracy(logits, part.labels)
+    if last:
+        views = evaluation.six_views(network, test, logits, state.precision)
+        found["test_accuracy_tta"] = evaluation.accuracy(views, test.labels)
     return found
 
 
-def final_metrics(state: TrainState, record: Record, test: ImageSet) -> dict[str, Any]:
+def final_metrics(state: TrainState, record: Record) -> dict[str, Any]:
     """The content of `metrics.json`; accuracies are those after the last epoch."""
-    settings, last = state.settings, record.epochs[-1]
-    views = evaluation.predict(state.network, test, evaluation.TTA, state.precision)
-    names = ("test_accuracy", "validation_accuracy", "training_accuracy")
+    settings, device = state.settings, state.training.images.device
+    accuracies = {name: n for name, n in record.epochs[-1].items() if "accuracy" in name}
     return {
         "dataset": record.config["dataset"], "preset": settings.preset, "seed": settings.seed,
-        "epochs": settings.epochs, **{name: last[name] for name in names},
-        "test_accuracy_tta": evaluation.accuracy(views, test.labels),
+        "epochs": settings.epochs, **accuracies,
         "train_seconds": sum(row["seconds"] for row in record.epochs),
         "parameters": sum(p.numel() for p in state.network.parameters() if p.requires_grad),
-        **surroundings(test.images.device, state.precision),
+        **surroundings(device, state.precision),
     }  # fmt: skip
 
 

@@ -23,7 +23,6 @@ import pandas as pd
 import torch
 
 from helpers import data, project, runs, training
-from helpers.record import as_json, surroundings
 from helpers.settings import Settings
 
 EPOCHS = 60
@@ -90,8 +89,9 @@ def survive(folder: Path, kills: int, chance: random.Random) -> int:
 def same(ours: Path, theirs: Path) -> dict[str, bool]:
     """Which parts of two runs' records are equal to the bit."""
     one, two = (torch.load(path / "weights.pt", weights_only=True) for path in (ours, theirs))
-    timed = ["seconds", "images_per_second"]
-    histories = [pd.read_csv(path / "history.csv").drop(columns=timed) for path in (ours, theirs)]
+    histories = [
+        pd.read_csv(path / "history.csv").drop(columns="seconds") for path in (ours, theirs)
+    ]
     batches = [(path / "batches.csv").read_bytes() for path in (ours, theirs)]
     return {
         "weights": all(torch.equal(one[name], two[name]) for name in one | two),
@@ -114,8 +114,8 @@ def main() -> None:
             "interruptions_in_the_record": interruptions,
             "epochs": EPOCHS,
             "equal": same(disturbed / "soak", undisturbed / "soak"),
-        } | surroundings(torch.device("cpu"), torch.bfloat16)
-    project.write_file(project.BENCHMARKS / "soak.json", as_json(result))
+        } | runs.surroundings(torch.device("cpu"), torch.bfloat16)
+    project.write_file(project.BENCHMARKS / "soak.json", runs.as_json(result))
     print(f"{kills} kills; equal: {result['equal']}")
     sys.exit(not all(result["equal"].values()))
 

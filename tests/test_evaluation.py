@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from helpers import evaluation
 from helpers.data import CLASSES, ImageSet, normalise
-from helpers.model import BlockNetwork, IntermediateBlock
+from helpers.model import BlockNetwork
 
 
 @pytest.fixture(scope="module")
@@ -42,42 +41,44 @@ def logits_of(predictions: list[int], confidences: list[float]) -> Tensor:
 
 
 def test_predictions_are_of_evaluation_mode(network: BlockNetwork, image_set: ImageSet) -> None:
-    network.train().blocks[0].eval()  # one block is frozen
-    modes, drawn = [module.training for module in network.modules()], torch.get_rng_state()
+    drawn = torch.get_rng_state()
     state = {name: value.clone() for name, value in network.state_dict().items()}
     logits, a = evaluation.predict(network, image_set), evaluation.gates(network, image_set)
     with pytest.raises(KeyboardInterrupt), evaluation.evaluating(network, torch.float32):
         assert not network.training and not torch.backends.cudnn.allow_tf32
         raise KeyboardInterrupt
     assert torch.equal(torch.get_rng_state(), drawn) and torch.backends.cudnn.allow_tf32
-    assert [module.training for module in network.modules()] == modes
+    assert all(module.training for module in network.modules())
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
     x = normalise(image_set.images)
     torch.testing.assert_close([logits, *a], [network.eval()(x), *network.gates(x)])
+    small = evaluation.predict(network, image_set, size=16)
+    torch.testing.assert_close(small, network(F.avg_pool2d(x, 2)))
     low = evaluation.predict(network, image_set, precision=torch.bfloat16)
     assert low.dtype == torch.float32 and 0 < (low - logits).abs().max() < 0.1
 
 
-def test_six_views_are_mirrored_and_moved_and_weigh_one(image_set: ImageSet) -> None:
-    assert sum(weight for *_, weight in evaluation.TTA) == 1
-    some, expected = image_set.subset(torch.arange(2)), 0
-    for seen in (some.images, some.images.flip(3)):
-        framed = F.pad(seen.float(), [1, 1, 1, 1], mode="reflect")
-        for k, weight in ((0, 1 / 4), (1, 1 / 8), (-1, 1 / 8)):  # moved down and right by k
-            moved = framed[:, :, 1 - k : 33 - k, 1 - k : 33 - k]
-            expected = expected + weight * normalise(moved).flatten(1)
+def test_six_views_of_the_least_certain_quarter(image_set: ImageSet) -> None:
+    some, expected = image_set.subset(torch.arange(8)), 0
+    unsure = some.subset(torch.tensor([5, 2]))
+    framed = F.pad(unsure.images.float(), [1, 1, 1, 1], mode="reflect")
+    for k, weight in ((0, 1 / 4), (1, 1 / 8), (-1, 1 / 8)):  # moved down and right by k
+        moved = normalise(framed[:, :, 1 - k : 33 - k, 1 - k : 33 - k])
+        expected = expected + weight * (moved + moved.flip(3)).flatten(1)
     pixels = nn.Sequential(nn.PReLU(init=1), nn.Flatten())  # gives what it gets
-    torch.testing.assert_close(evaluation.predict(pixels, some, evaluation.TTA), expected)
+    logits = torch.zeros(8, 3072)
+    logits[:, 0] = torch.tensor([9.0, 9, 2, 9, 9, 1, 9, 9])  # 2 and 5 are the least certain
+    views = evaluation.six_views(pixels, some, logits, torch.float32)
+    torch.testing.assert_close(views[[5, 2]], expected)
+    assert torch.equal(views[[0, 1, 3, 4, 6, 7]], logits[[0, 1, 3, 4, 6, 7]])
 
 
-def test_accuracy_interval_and_deviation_by_hand() -> None:
+def test_accuracy_and_interval_by_hand() -> None:
     logits, labels = logits_of([3, 1, 2], [0.9, 0.5, 0.7]), torch.tensor([3, 1, 0])
     assert evaluation.correct(logits, labels) == 2 and evaluation.accuracy(logits, labels) == 2 / 3
     z2 = 1.959964**2  # Wilson's interval is around (k + z²/2) / (n + z²)
     centre, half = (4 + z2 / 2) / (10 + z2), math.sqrt(z2 * (4 * 6 / 10 + z2 / 4)) / (10 + z2)
     assert evaluation.interval(4, 10) == pytest.approx((centre - half, centre + half), abs=1e-6)
-    assert evaluation.mean_and_deviation(pd.Series([1.0, 2.0, 3.0]), 2) == "2.00 ± 1.00"
-    assert evaluation.mean_and_deviation(pd.Series([89.125]), 1) == "89.1"
 
 
 def test_paired_difference_by_hand() -> None:
@@ -144,7 +145,6 @@ def test_corruptions_grow_from_nothing(network: BlockNetwork, image_set: ImageSe
 
 def test_what_a_tells(image_set: ImageSet) -> None:
     a, labels = torch.tensor([[0.1, 0.9], [0.4, 0.6], [0.3, 0.7]]), torch.tensor([1, 0, 1])
-    assert evaluation.driving(a, 2).tolist() == [[1, 2], [0, 2]]
     torch.testing.assert_close(evaluation.class_means(a, labels)[1], torch.tensor([0.2, 0.8]))
     noise = torch.randn(1003, 3, generator=torch.Generator().manual_seed(0))
     assert evaluation.class_from_gates(noise, image_set.labels) < 0.2
@@ -154,11 +154,6 @@ def test_what_a_tells(image_set: ImageSet) -> None:
     assert evaluation.explained_by_colour(made, image_set.images) == pytest.approx(1, abs=0.01)
     assert evaluation.explained_by_colour(noise, image_set.images) < 0.1
     assert math.isnan(evaluation.explained_by_colour(torch.ones(1003, 2), image_set.images))
-    block = IntermediateBlock(1, 1, kernels=[3, 1])
-    nn.init.dirac_(block.branches[0].weight)  # 1 in the centre
-    nn.init.constant_(block.branches[1].weight, -3)
-    assert evaluation.kernel_similarity(block) == pytest.approx(-1)
-    assert math.isnan(evaluation.kernel_similarity(IntermediateBlock(1, 1, kernels=[3])))
 
 
 def test_gates_are_replaced_in_a_copy(network: BlockNetwork, image_set: ImageSet) -> None:

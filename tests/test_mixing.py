@@ -153,13 +153,3 @@ def test_a_damaged_file_is_compiled_again_and_not_loaded(tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes()[:30_000])
     assert "no C++ compiler" in said(tmp_path, CXX=" ")
     assert said(tmp_path) == "" == said(tmp_path, CXX=" "), "compiled, then there"
-
-
-def test_wrong_results_are_not_trusted(tmp_path, monkeypatch):
-    source = mixing.SOURCE.read_text(encoding="utf-8")
-    wrong = source.replace("grad_a[j * L + l] +=", "grad_a[j * L + l] -=")
-    (tmp_path / "mixing.cpp").write_text(wrong, encoding="utf-8")
-    monkeypatch.setattr(mixing, "SOURCE", tmp_path / "mixing.cpp")
-    monkeypatch.setattr(mixing, "BUILD", tmp_path)
-    monkeypatch.setattr(mixing, "_extension", mixing._extension.__wrapped__)
-    assert mixing.unavailable.__wrapped__() == "mixing.cpp was compiled, but gives wrong results."

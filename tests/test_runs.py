@@ -13,8 +13,7 @@ from filelock import FileLock
 
 from helpers import project, runs
 from helpers.data import ImageData
-from helpers.record import Record
-from helpers.runs import RunError
+from helpers.runs import Record, RunError
 from helpers.settings import Settings
 
 SETTINGS = Settings(blocks=[{"channels": 8, "kernels": [3]}], epochs=3, device="cpu")
@@ -58,6 +57,8 @@ def test_what_is_written_is_read_again(records: Path) -> None:
         ("config.json", '{"dataset": "cifar10", "unknown": 1}'),
         ("metrics.json", "{"),
         ("metrics.json", '{"dataset": "cifar10"}'),
+        ("metrics.json", json.dumps(METRICS | {"hardware": 2})),
+        ("metrics.json", json.dumps(METRICS | {"test_accuracy": "high"})),
         ("history.csv", ""),
         ("history.csv", "epoch\n"),
         ("batches.csv", "\0"),
@@ -151,6 +152,7 @@ def test_a_folder_that_cannot_be_written_is_said(records: Path) -> None:
 
 
 def test_tables_average_over_seeds_of_one_recipe_and_machine(records: Path) -> None:
+    assert runs.results().empty
     make("a", 0.90)
     make("b", 0.92, seed=1)
     make("c", 0.95, seed=1, epochs=5)

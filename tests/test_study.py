@@ -43,7 +43,7 @@ def test_several_comparisons_widen_the_intervals_and_seeds_may_be_missing() -> N
 
 
 def test_every_row_on_record_was_planned_and_has_words() -> None:
-    planned = {(variant, seed) for _, variant, seed, _ in study.planned()}
+    planned = {(variant, seed) for variant, seed, _ in study.planned()}
     table = study.table()
     assert set(zip(table["variant"], table["seed"], strict=True)) <= planned
     compared = study.compare(table)

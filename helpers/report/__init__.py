@@ -1,4 +1,2 @@
-"""What no notebook calls: executing the notebooks (`execute`), and what is made of them: pages
-(`pages`), the PDF (`pdf`), the hand-in (`handin`), the benchmark (`bench`), the README's table
-(`readme`).
-"""
+"""What no notebook calls: executing the notebooks (`execute`), what is made of them (`pages`,
+`pdf`, `handin`), the benchmark (`bench`) and the README's table of results (`readme`)."""

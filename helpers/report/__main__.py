@@ -16,9 +16,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from helpers import data, runs
-from helpers.project import command, shown
-from helpers.record import free_name
-from helpers.report import execute
+from helpers.project import ProjectError, command, shown
+from helpers.report import execute, readme
 from helpers.report.pages import render, write_overview
 from helpers.report.pdf import make_pdf
 from helpers.settings import Settings, read_preset
@@ -27,19 +26,17 @@ NUMBERS = [name[:2] for name in execute.SEQUENCE]
 
 
 def make_report(preset: str, seed: int) -> Path:
-    """Execute the notebooks with a preset and a seed, one run for all, and render them.
-
-    Returns:
-        the page to begin with, `report/<run>/index.html`.
+    """Execute the notebooks with a preset and a seed, one run for all, and render them; the page to
+    begin with, `report/<run>/index.html`, is returned.
 
     Raises:
-        ParameterError: the preset or the seed cannot be used.
-        ReportError: a notebook stopped, or this report is being made by another process.
+        ProjectError: what was given cannot be used, a notebook stopped, or another process is
+            making this report.
     """
     parameters = read_preset(preset) | {"seed": seed}
     settings, images = Settings(**parameters), data.load_data()
     config = settings.model_dump(mode="json") | {"dataset": images.name}
-    run = free_name(settings.run_name, config)
+    run = runs.free_name(settings.run_name, config)
     folder = execute.REPORT / run
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -54,26 +51,24 @@ def make_report(preset: str, seed: int) -> Path:
             make_pdf(made, folder / "report.pdf")
             return write_overview(made, images, folder)
     except Timeout:
-        raise execute.ReportError(
+        raise ProjectError(
             f"{shown(folder)} is being made by another process; wait for it, or use another seed."
         ) from None
 
 
 def publish(numbers: list[str]) -> None:
     """Execute notebooks with their own parameters and store the outputs in `notebooks/`; with 04
-    comes the PDF of the run that it analyses.
-
-    Raises:
-        ReportError: a notebook stopped, its outputs hold faults, or the data are not CIFAR-10.
-    """
+    comes the PDF of the run that it analyses. The README's table is written anew."""
     if data.load_data().name != "cifar10":
-        raise execute.ReportError("Outputs are stored for CIFAR-10, and here is the stand-in data.")
-    for name in (name for name in execute.SEQUENCE if name[:2] in numbers):
-        target = execute.REPORT / "published" / f"{name}.ipynb"
-        execute.store_outputs(name, execute.execute(name, target, {}))
-        print(f"{name} is stored", flush=True)
+        raise ProjectError("Outputs are stored for CIFAR-10, and here is the stand-in data.")
+    for name in execute.SEQUENCE:
+        if name[:2] in numbers:
+            target = execute.REPORT / "published" / f"{name}.ipynb"
+            execute.store_outputs(name, execute.execute(name, target, {}))
+            print(f"{name} is stored", flush=True)
     if execute.ANALYSIS[:2] in numbers:
         make_pdf(runs.read(execute.submitted()), execute.NOTEBOOKS / "report.pdf")
+    readme.update()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -86,10 +81,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--publish", action="store_true", help="store outputs in notebooks/")
     parser.add_argument("--only", nargs="+", choices=NUMBERS, help="publish only these")
     options = parser.parse_args(arguments)
-    if options.only and not options.publish:
-        parser.error("--only goes with --publish")
     if options.publish and (options.preset, options.seed) != (None, None):
         parser.error("--publish takes the notebooks' own parameters")
+    if options.only and not options.publish:
+        parser.error("--only goes with --publish")
     with command("what was executed is in report/"):
         if options.publish:
             publish(options.only or NUMBERS)

@@ -13,24 +13,14 @@ import typst
 
 from helpers import evaluation, figures, runs, study
 from helpers.model import layer_table
-from helpers.project import shown, write_file
-from helpers.report.execute import ReportError, submitted
-
-ROWS = 22  # of the table of layers: more would take the place of something else
+from helpers.project import write_file
+from helpers.report.execute import submitted
 
 
 def make_pdf(run: runs.Run, target: Path) -> None:
-    """Typeset the PDF of a run.
-
-    Raises:
-        ReportError: it could not be typeset.
-    """
     template = Path(__file__).with_name("report.typ")
     given = {"data": json.dumps(pdf_content(run) | {"plots": plots(run)})}
-    try:
-        write_file(target, typst.compile(template, sys_inputs=given))
-    except typst.TypstError as error:
-        raise ReportError(f"{shown(target)} could not be typeset: {str(error)[:150]}.") from None
+    write_file(target, typst.compile(template, sys_inputs=given))
 
 
 def plots(run: runs.Run) -> dict[str, str]:
@@ -53,6 +43,9 @@ def plots(run: runs.Run) -> dict[str, str]:
 def pdf_content(run: runs.Run) -> dict[str, Any]:
     """What `report.typ` makes its sentences of. The project's history belongs to its own run."""
     settings, metrics = run.settings, run.metrics
+    # What follows a block stands in its row of the table of layers.
+    layers = layer_table(settings.network()).rename(index=lambda name: name.removeprefix("after "))
+    together = {"what": "; ".join, "output": "last", "parameters": "sum", "multiply_adds": "sum"}
     of_project = run.name == submitted() and metrics["dataset"] == "cifar10"
     images = settings.test_images or 10_000
     return {
@@ -61,7 +54,7 @@ def pdf_content(run: runs.Run) -> dict[str, Any]:
         "hardware": runs.hardware_of(run),
         "images": images,
         "interval": evaluation.interval(round(metrics["test_accuracy"] * images), images),
-        "layers": layers_in_short(layer_table(settings.network())),
+        "layers": records(layers.groupby("layer", sort=False).agg(together).reset_index()),
         "seeds": records(runs.seeds_of(run)),
         "ladder": records(study.ladder()) if of_project else [],
         "history": records(runs.history()) if of_project else [],
@@ -71,22 +64,3 @@ def pdf_content(run: runs.Run) -> dict[str, Any]:
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of a table, with None for what is missing."""
     return json.loads(table.to_json(orient="records"))
-
-
-def layers_in_short(layers: pd.DataFrame) -> list[list[str]]:
-    """The rows of `layer_table` as text. What follows a block stands in its row, and blocks that
-    look the same share a row; parameters and multiply-adds are sums."""
-    layers = layers.rename(index=lambda name: name.removeprefix("after ")).reset_index()
-    together = {"what": "; ".join, "output": "last", "parameters": "sum", "multiply_adds": "sum"}
-    layers = layers.groupby("layer", sort=False, as_index=False).agg(together)
-    looks = layers[["what", "output"]]
-    rows = []
-    for _, own in layers.groupby((looks != looks.shift()).any(axis=1).cumsum()):
-        first, last = own["layer"].iloc[[0, -1]]
-        name = first if first == last else f"{first}–{last}"
-        costs = f"{own['parameters'].sum():,}", f"{own['multiply_adds'].sum() / 1e6:.1f}"
-        what = own["what"].iloc[0].removeprefix("branches ")
-        rows.append([name, what, own["output"].iloc[0], *costs])
-    if len(rows) > ROWS:
-        rows[ROWS:] = [["…", f"{len(rows) - ROWS} more rows", "", "", ""]]
-    return rows
