@@ -1,5 +1,5 @@
-"""What the notebooks call, in the order in which an image travels:
+"""What the notebooks call, in import order:
 
-project → data → augment → mixing → model → settings → evaluation → runs → optimizers → training →
+project → data → mixing → model → settings → augment → evaluation → runs → optimizers → training →
 study → figures. What executes and prints the notebooks is in `helpers/report/`.
 """

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 from torchvision.transforms.v2 import TrivialAugmentWide
 
 from helpers.data import MEAN
+from helpers.settings import Settings
 
 MEAN_COLOUR = [round(255 * mean) for mean in MEAN]
 
@@ -68,48 +67,39 @@ def trivial_augment(images: Tensor, which: Tensor, generator: Generator) -> Tens
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """b×c×h×w images of floats as b×c×size×size: each pixel the mean of those that it covers.
-
-    To learn from small images first takes less time (progressive resizing: J. Howard, fast.ai, in
-    the DAWNBench competition of 2018).
-    """
+    """b×c×h×w images of floats as b×c×size×size: each pixel the mean of those that it covers
+    (progressive resizing: J. Howard, fast.ai, in the DAWNBench competition of 2018)."""
     if images.shape[2:] == (size, size):
         return images
     return F.interpolate(images, size=(size, size), mode="area")
 
 
-@dataclass(eq=False)
 class Augmentation:
-    """Alternating flip, random shift, TrivialAugment and Cutout for a set of `count` images.
+    """Alternating flip, random shift, TrivialAugment and Cutout for a set of `count` images, as far
+    as the settings want them. `generator` is the only source of randomness.
 
     Whether an image is mirrored in its first epoch is drawn here, and nothing else; from then on
     it alternates, so that any two epochs in a row show it both ways (cifar10-airbench, K. Jordan).
     """
 
-    count: int
-    generator: Generator  # the only source of randomness
-    translate: int = 0  # largest shift in pixels, in both directions; 0 for none
-    flip: bool = False
-    cutout: int = 0  # side in pixels of a square of the mean colour, centred anywhere; 0 for none
-    trivial_augment: float = 0.0  # share of the images that are altered, others each time
-
-    def __post_init__(self) -> None:
-        self.mirrored_first = torch.rand(self.count, generator=self.generator) < 0.5
+    def __init__(self, count: int, generator: Generator, settings: Settings) -> None:
+        self.generator, self.settings = generator, settings
+        self.mirrored_first = torch.rand(count, generator=generator) < 0.5
 
     def __call__(self, images: Tensor, index: Tensor, epoch: int) -> Tensor:
         """Vary uint8 images b×3×32×32, numbered `index` in the set, in an epoch from 0."""
-        b, size, device = len(images), images.shape[2], images.device
-        if self.flip:
+        b, size, device, wanted = len(images), images.shape[2], images.device, self.settings
+        if wanted.flip:
             which = self.mirrored_first[index] ^ bool(epoch % 2)
             images = mirror(images, which.to(device, non_blocking=True))
-        if self.translate:
-            reach = torch.randint(2 * self.translate + 1, (2, b), generator=self.generator)
-            images = shift(images, *(reach - self.translate).to(device, non_blocking=True))
-        if self.trivial_augment:
-            which = torch.rand(b, generator=self.generator) < self.trivial_augment
+        if wanted.translate:
+            reach = torch.randint(2 * wanted.translate + 1, (2, b), generator=self.generator)
+            images = shift(images, *(reach - wanted.translate).to(device, non_blocking=True))
+        if wanted.trivial_augment:
+            which = torch.rand(b, generator=self.generator) < wanted.trivial_augment
             images = trivial_augment(images, which, self.generator)
-        if self.cutout:
+        if wanted.cutout:
             centre = torch.randint(size, (2, b), generator=self.generator)
             centre = centre.to(device, non_blocking=True)
-            images = cutout(images, *centre, self.cutout, torch.tensor(MEAN_COLOUR))
+            images = cutout(images, *centre, wanted.cutout, torch.tensor(MEAN_COLOUR))
         return images

@@ -24,11 +24,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 
-from helpers.project import ROOT, ProjectError, shown, write_file
+from helpers.project import ROOT, ProjectError, short, write_file
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer",
            "dog", "frog", "horse", "ship", "truck")  # fmt: skip
-IMAGE_SIZE, TRAINING_IMAGES = 32, 50_000  # pixels high and wide; of CIFAR-10 and the stand-in
+# Of CIFAR-10 and of the stand-in: height and width in pixels, and how many images.
+IMAGE_SIZE, TRAINING_IMAGES, TEST_IMAGES = 32, 50_000, 10_000
 # Of the training images' channels (red, green, blue), as fractions of 255: notebook 01.
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 NEAR = 0.4  # relative distance below which two images are near-duplicates
@@ -58,7 +59,7 @@ class ImageSet:
     def first(self, count: int) -> ImageSet:
         """The first `count` images; all of them for 0."""
         if count > len(self):
-            raise DataError(f"{count} images are asked for and {len(self)} are there; take fewer.")
+            raise DataError(f"{count} images were requested, but only {len(self)} are available.")
         return self.subset(slice(count or None))
 
     def to(self, device: torch.device | str) -> ImageSet:
@@ -88,10 +89,10 @@ def load_data() -> ImageData:
     remedy = f"put {CIFAR10.base_folder}/ or {CIFAR10.filename} there"
     try:
         root = ROOT / root.expanduser()
-        source = _find(root)
-        if given and not source and any(root.glob("[!.]*")):
+        sources = _find(root)
+        if given and not sources and any(root.glob("[!.]*")):
             raise OSError("it holds other files")
-        images = _read(source or _download(root, "$CIFAR10_ROOT" if given else "data/"))
+        images = _read(*(sources or [_download(root, "$CIFAR10_ROOT" if given else "data/")]))
         sizes = f"{len(images.train):,} training and {len(images.test):,} test images"
         print(f"Data: CIFAR-10, {sizes}, checksums verified.")
         return images
@@ -103,7 +104,7 @@ def load_data() -> ImageData:
                 "below says anything about CIFAR-10, or may stand beside its results."
             )
             return stand_in()
-        named = f"CIFAR10_ROOT = {shown(root)}" if given else "data/"
+        named = f"CIFAR10_ROOT = {short(root)}" if given else "data/"
         remedy += ", or name an empty folder to download into"
         raise DataError(f"{named} does not give CIFAR-10: {problem}; {remedy}.") from None
 
@@ -141,8 +142,8 @@ def normalise(images: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class Batches(IterableDataset):
-    """Batches of even size, as a last one of a few images would move a network as far as a full
-    one; each is fetched with one indexing and waits for no GPU."""
+    """Batches whose sizes differ by at most one image: a short last one would otherwise weigh as
+    much as a full one. Each is one indexing operation; copies to a GPU do not block."""
 
     images: ImageSet
     order: Callable[[], Tensor]  # gives the numbers of the images, for each pass anew
@@ -188,19 +189,13 @@ def evaluation_loader(images: ImageSet, batch_size: int = 500) -> DataLoader:
     return DataLoader(batches, batch_size=None, generator=Generator())
 
 
-def near_duplicates(test: ImageSet, train: ImageSet) -> Tensor:
-    """Which of N test images, as booleans, have a training image nearer than `NEAR` standard
-    deviations of their own pixels."""
-    _, distance = nearest_training_images(test.images, train.images)
-    return distance < NEAR * test.images.flatten(1).float().std(dim=1, correction=0)
-
-
 def nearest_training_images(test: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest of N×3×h×w training images to each of n×3×h×w test images, all uint8: its
     number, int64 n, and the root mean square difference of the pixels, float32 n in 0…255.
 
     Exact, as a projection never lengthens a distance: what is measured in full is every image that
-    is as near in the 384 first principal components as one of them is in full, some ten of 50,000.
+    is as near in the 384 first principal components as one of them is in full (some ten of 50,000):
+    ‖Px − Py‖² ≤ ‖x − y‖².
     """
     train, sample = train.flatten(1), train[:1000].flatten(1).float()
     mean = sample.mean(dim=0)
@@ -210,7 +205,7 @@ def nearest_training_images(test: Tensor, train: Tensor) -> tuple[Tensor, Tensor
     for some in test.flatten(1).float().split(100):  # 20 MB of bounds at a time
         here = (some - mean) @ basis
         bounds = torch.addmm(squares, here, inside.T, alpha=-2)  # less the square of `here`
-        limits = 3072 - here.square().sum(dim=1)  # 3072: for rounding
+        limits = 3072 - here.square().sum(dim=1)  # 3072: one level² a value, for rounding
         for image, bound, limit in zip(some, bounds, limits):
             limit += (train[bound.argmin()] - image).square().sum()
             near = (bound <= limit).nonzero().flatten()
@@ -220,23 +215,24 @@ def nearest_training_images(test: Tensor, train: Tensor) -> tuple[Tensor, Tensor
     return index, distance / math.sqrt(train.shape[1])
 
 
-def _find(root: Path) -> Path | None:
-    """The folder of CIFAR-10's files, else its archive: `root`, or at most two folders down."""
+def _find(root: Path) -> list[Path]:
+    """Folders of CIFAR-10's files, and archives: `root`, or at most two folders down."""
     if root.is_file():
-        return root
-    for name in ("data_batch_1", CIFAR10.filename):
-        for level in ("", "*/", "*/*/"):
-            for path in sorted(root.glob(level + name)):
-                return path.parent if name == "data_batch_1" else path
-    return None
+        return [root]
+    levels = ("", "*/", "*/*/")
+    folders = [path.parent for level in levels for path in sorted(root.glob(f"{level}*_batch*"))]
+    archives = [path for level in levels for path in sorted(root.glob(level + CIFAR10.filename))]
+    return [*dict.fromkeys(folders), *archives]
 
 
-def _read(source: Path) -> ImageData:
-    """CIFAR-10 from the folder of its files or straight from its archive, checksums verified."""
+def _read(source: Path, *others: Path) -> ImageData:
+    """CIFAR-10 from the first place that holds it whole: the folder of its files or its archive."""
     published = {source / name: md5 for name, md5 in CIFAR10.train_list + CIFAR10.test_list}
     checksums = {source: CIFAR10.tgz_md5} if source.is_file() else published
     for path, md5 in checksums.items():
         if not check_integrity(path, md5):
+            if others:
+                return _read(*others)
             raise OSError(f"{path.name} is missing or fails its checksum")
     if source.is_file():
         with tarfile.open(source) as tar:

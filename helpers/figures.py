@@ -21,7 +21,7 @@ from torch import Tensor
 from helpers.data import IMAGE_SIZE
 from helpers.evaluation import Calibration, interval
 from helpers.model import BlockNetwork, layer_table
-from helpers.project import FIGURES, shown, write_file
+from helpers.project import FIGURES, short, write_file
 
 COLOURS = sns.color_palette("colorblind")  # the same for the same thing in every figure
 TRAINING, TEST, VALIDATION, REFERENCE = COLOURS[0], COLOURS[1], COLOURS[2], (0.4, 0.4, 0.4)
@@ -36,7 +36,7 @@ CURVES = {
     "validation_accuracy": ("validation", VALIDATION, "^-"),
     "test_accuracy": ("test", TEST, "s-"),
 }
-WIDTH = 6.3  # inches, 16 cm: in a column of 8 cm, text of 12 points has 6
+WIDTH = 6.3  # inches, 16 cm; scaled to a column of 8 cm, text of 12 points is 6
 Names = Sequence[str]
 
 
@@ -59,7 +59,7 @@ def save(figure: Figure, name: str, label: str) -> Figure:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, file.getvalue())
     except OSError as error:
-        print(f"{shown(path)} is not written, only shown: {error.strerror or error}.")
+        print(f"{short(path)} is not written, only shown: {error.strerror or error}.")
     return figure
 
 
@@ -91,8 +91,9 @@ def _intervals(table: DataFrame, of: str = "accuracy") -> np.ndarray:
 
 # ---- 01 data exploration
 def images(rows: Sequence[Tensor], names: Names = (), titles: Names = ()) -> Figure:
-    """Rows of images, n×3×h×w each (uint8, or floats in 0…1), named, or with a title an image."""
-    columns, lines = max(map(len, rows)), max([0, *(1 + title.count("\n") for title in titles)])
+    """Rows of images, n×3×h×w each (uint8, or floats in 0…1), named, or one title per image."""
+    columns = max([1, *map(len, rows)])
+    lines = max([0, *(1 + title.count("\n") for title in titles)])
     side = WIDTH / (columns + 1.5 * bool(names))  # of an image, in inches
     height = len(rows) * side + 0.2 * lines * len(titles) / columns
     drawn, axes = _panels(len(rows), columns, height)
@@ -194,7 +195,7 @@ def whitening_filters(weight: Tensor) -> Figure:
 
 
 def branch_cost(table: DataFrame) -> Figure:
-    """The time of a training step, `ratio`, against `L`, a panel a `precision` of a benchmark."""
+    """The time of a training step, `ratio`, against `L`, one panel per `precision`."""
     groups = table.replace({"implementation": {"auto": "mixed, if faster"}}).groupby("precision")
     drawn, panels = _panels(1, len(groups), 3.6, sharey=True)
     for axes, (precision, group) in zip(panels.flat, groups):
@@ -227,7 +228,7 @@ def _shade_reduced(axes: Axes, sizes: Sequence[int], bounds: Sequence[float]) ->
 
 
 def schedules(learning_rates: Sequence[float], sizes: Sequence[int]) -> Figure:
-    """Learning rate (a value a step or an epoch) above image size (one an epoch) over a run."""
+    """Learning rate (one per step or epoch) above image size (one per epoch) over a run."""
     drawn, ((upper,), (lower,)) = _panels(2, 1, 3.6, sharex=True, height_ratios=(3, 2))
     epoch = 0.5 + (np.arange(len(learning_rates)) + 0.5) * len(sizes) / len(learning_rates)
     upper.plot(epoch, learning_rates, color=TRAINING, linewidth=2)
@@ -322,7 +323,7 @@ def ladder(table: DataFrame) -> Figure:
 
 
 def confusion(counts: np.ndarray, names: Names) -> Figure:
-    """Counts of images, a row a true class and a column a predicted; mistakes are coloured."""
+    """Counts of images, one row per true and one column per predicted class; mistakes coloured."""
     drawn, axes = _axes(height=5.2)
     mistakes = counts * ~np.eye(len(names), dtype=bool)
     style = {"cmap": "rocket_r", "square": True, "xticklabels": names, "yticklabels": names}
@@ -370,7 +371,7 @@ def selective(table: DataFrame) -> Figure:
 
 
 def robustness(table: DataFrame) -> Figure:
-    """Accuracy under stronger and stronger corruption, a panel a kind: `evaluation.robustness`."""
+    """Accuracy under ever stronger corruption, one panel per kind: `evaluation.robustness`."""
     kinds, n = list(table.groupby("corruption", sort=False)), table["images"].iloc[0]
     drawn, panels = _panels(-(-len(kinds) // 2), 2, 0.3 + 1.1 * len(kinds), sharey=True)
     for axes, (kind, own) in zip(panels.flat, kinds):
@@ -384,16 +385,16 @@ def robustness(table: DataFrame) -> Figure:
 
 # ---- 05 weights
 def weights(a: Sequence[Tensor], kernels: Sequence[Names]) -> Figure:
-    """The distribution of a, n×L of each block, with quartiles, a violin a branch; dashed: 1/L."""
+    """The distribution of a, n×L of each block, one violin per branch; dashed: 1/L."""
     drawn, axes = _axes("block, and kernel of the branch", f"a (n = {len(a[0]):,} images)")
     violins, ticks = [], []
     for k, (own, names) in enumerate(zip(a, kernels), 1):
         first = len(violins)
         violins += list(own.T.numpy())
-        ticks += [f"B{k}\n{name}" for name in names]
+        ticks += [f"B{k} {name}" for name in names]
         axes.hlines(1 / len(names), first - 0.5, len(violins) - 0.5, **DASHED)
     sns.violinplot(violins, ax=axes, color=GATE, inner="quart", cut=0, density_norm="width")
-    axes.set_xticks(range(len(ticks)), ticks, rotation=90 * (len(ticks) > 12))
+    axes.set_xticks(range(len(ticks)), ticks, rotation=90)
     return drawn
 
 
@@ -409,6 +410,7 @@ def gates_by_class(means: Sequence[Tensor], names: Names, kernels: Sequence[Name
         ticks = kernels[k] if sum(widths) <= 24 else False
         sns.heatmap(own.numpy(), ax=axes, xticklabels=ticks, yticklabels=names, **style)
         axes.set_title(f"B{k + 1}")
+        axes.tick_params(length=0)
     drawn.supxlabel("branch, by its kernel" if sum(widths) <= 24 else "branch")
     return drawn
 

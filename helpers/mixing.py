@@ -47,7 +47,7 @@ def unavailable() -> str:
         return f"{SOURCE.name} cannot be used: {' '.join(reason.split())[:200].rstrip('.')}."
 
 
-def pays(x: Tensor, weights: Sequence[Tensor], stride: int) -> bool:
+def is_faster(x: Tensor, weights: Sequence[Tensor], stride: int) -> bool:
     """Whether the extension takes maps x, b×c×h×w, and these kernels, and is quicker.
 
     Never while something traces, counts or transforms operations: it would not see the extension.
@@ -68,9 +68,7 @@ def mixed_convolution(
     """Σ aₗ·(Wₗ∗x + bₗ) of stride 1, b×out×h×w, in autocast's dtype; differentiable once.
 
     x is b×c×h×w, a b×L; the L weights are out×c×k×k, each with its own odd k, the biases `out`.
-
-    Raises:
-        Unavailable: the extension cannot be used here, or not with these.
+    Raises `Unavailable` if the extension cannot be used here, or not with these.
     """
     dtype = _computing_dtype(x, weights)
     if dtype is None or a.shape != (len(x), len(weights)) or a.device != x.device:
@@ -81,9 +79,9 @@ def mixed_convolution(
     if unavailable():
         raise Unavailable(unavailable())
     k = max(w.shape[-1] for w in weights)
-    rims = [(k - w.shape[-1]) // 2 for w in weights]
-    even = [F.pad(w, 4 * (rim,)) if rim else w for w, rim in zip(weights, rims)]
-    y = _MixedConvolution.apply(x.to(dtype), a.to(dtype), *even)
+    margins = [(k - w.shape[-1]) // 2 for w in weights]
+    padded = [F.pad(w, 4 * (m,)) if m else w for w, m in zip(weights, margins)]  # all k×k
+    y = _MixedConvolution.apply(x.to(dtype), a.to(dtype), *padded)
     return y if biases is None else y + (a @ torch.stack([*biases])).to(dtype)[:, :, None, None]
 
 
@@ -102,7 +100,7 @@ class _MixedConvolution(torch.autograd.Function):
         grad_x = _convolve(grad, a, weights, turned=True) if ctx.needs_input_grad[0] else None
         if x.shape[-1] % (4 // x.itemsize):  # bfloat16 positions are taken in pairs
             x, grad = F.pad(x, (0, 1)), F.pad(grad, (0, 1))
-        # Each thread adds to a copy of the gradients: for 8 images or more, in 2³⁰ bytes at most.
+        # One buffer of gradients per thread; fewer for under 8 images each, or above 2³⁰ bytes.
         L, (out, c, k, _) = len(weights), weights[0].shape
         copies = min(torch.get_num_threads(), len(x) // 8, 2**28 // (L * weights[0].numel()))
         grads = x.new_zeros(max(copies, 1), L, out, k, k, c, dtype=torch.float32)
@@ -114,7 +112,7 @@ class _MixedConvolution(torch.autograd.Function):
 def _convolve(x: Tensor, a: Tensor, weights: Sequence[Tensor], turned: bool = False) -> Tensor:
     size = len(x), weights[0].shape[turned], *x.shape[2:]
     y = torch.empty(size, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
-    a = F.pad(a, (0, len(weights) % (4 // a.itemsize)))  # so are bfloat16 branches
+    a = F.pad(a, (0, len(weights) % (4 // a.itemsize)))  # bfloat16 branches are taken in pairs
     _run(weights, x, y, a, turned=turned)
     return y
 

@@ -39,8 +39,8 @@ class IntermediateBlock(nn.Module):
             `"constant"` learns one a for all images and `"uniform"` is 1/L.
         bias: of the branches; pointless where batch normalisation follows.
         implementation: `"reference"` is the formula; `"mixed"` hands (x, a, kernels) to the C++
-            extension, which evaluates the same function as (Σ aₗWₗ)∗x; `"auto"` lets `mixing.pays`
-            decide. It may be set afterwards.
+            extension, which evaluates the same function as (Σ aₗWₗ)∗x; `"auto"` lets
+            `mixing.is_faster` decide. It may be set afterwards.
 
     Raises:
         ValueError: an argument that is not allowed; when called, an x that is not b×c×h×w.
@@ -109,7 +109,7 @@ class IntermediateBlock(nn.Module):
     def is_mixed(self, x: Tensor) -> bool:
         """Whether the C++ extension evaluates the sum for this x."""
         if self.implementation == "auto":
-            return mixing.pays(x, self.kernels(), self.stride)
+            return mixing.is_faster(x, self.kernels(), self.stride)
         mixed = self.implementation == "mixed"
         _check(self.stride == 1 or not mixed, "stride", self.stride, "1 with the C++ extension")
         return mixed
@@ -173,7 +173,6 @@ class BlockNetwork(nn.Module):
         stem_filters: of the `WhiteningStem` before B1; 0 for no stem.
         normalise: whether batch normalisation follows each block.
         activation: after the stem and each block: a name in `ACTIVATIONS`.
-        classes: number of logits.
         implementation: see `IntermediateBlock`.
 
     Raises:
@@ -187,7 +186,6 @@ class BlockNetwork(nn.Module):
         stem_filters: int = 0,
         normalise: bool = True,
         activation: str = "silu",
-        classes: int = 10,
         implementation: str = "auto",
     ) -> None:
         super().__init__()
@@ -200,7 +198,7 @@ class BlockNetwork(nn.Module):
         for k, row in enumerate(blocks, 1):
             channels, stride, pool = row["channels"], row.get("stride", 1), row.get("pool", False)
             fits = (c == channels and stride == 1 and not pool) or not row.get("residual")
-            _check(fits, f"residual of block {k}", True, "it where input and output are alike")
+            _check(fits, f"residual of block {k}", True, "equal channels, stride 1 and no pooling")
             self.blocks.append(
                 IntermediateBlock(
                     c, channels, row["kernels"], stride, row.get("gate") or gate,
@@ -209,7 +207,7 @@ class BlockNetwork(nn.Module):
             )  # fmt: skip
             self.between.append(Between(channels, pool, normalise, act(), row.get("residual")))
             c = channels
-        self.output = OutputBlock(c, classes)
+        self.output = OutputBlock(c)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, b×classes, of normalised images, b×3×h×w."""
@@ -262,7 +260,7 @@ def basic_network(blocks: Sequence[Mapping[str, Any]]) -> BlockNetwork:
     """
     rows = [
         {"channels": row["channels"], "kernels": row["kernels"],
-         "stride": 2 if row.get("pool") else row.get("stride", 1)}
+         "stride": row.get("stride", 1) * (2 if row.get("pool") else 1)}
         for row in blocks
     ]  # fmt: skip
     return BlockNetwork(rows, gate="linear", normalise=False, activation="none")

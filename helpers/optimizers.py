@@ -21,11 +21,8 @@ class Muon(Optimizer):
     is kept at norm √c′, as in cifar10-airbench.
     """
 
-    def __init__(
-        self, kernels: Iterable[Tensor], lr: float, momentum: float, precision: torch.dtype
-    ) -> None:
+    def __init__(self, kernels: Iterable[Tensor], lr: float, momentum: float) -> None:
         super().__init__(kernels, {"lr": lr, "momentum": momentum})
-        self.precision = precision  # of the products, which need not be exact
 
     @torch.no_grad()
     def step(self) -> None:
@@ -36,25 +33,23 @@ class Muon(Optimizer):
                     state["momentum"] = torch.zeros_like(kernel)
                 momentum = state["momentum"].mul_(decay).add_(kernel.grad)
                 ahead = torch.add(kernel.grad, momentum, alpha=decay)  # c′×c×k×k
-                step = orthogonal(ahead.flatten(1), self.precision).view(kernel.shape)
+                step = orthogonal(ahead.flatten(1)).view(kernel.shape)
                 kernel.mul_(math.sqrt(len(kernel)) / kernel.norm()).sub_(group["lr"] * step)
 
 
-def orthogonal(x: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
+def orthogonal(x: Tensor) -> Tensor:
     """A matrix with its singular values brought near 1, by three Newton–Schulz iterations with
     Muon's coefficients."""
     if x.shape[0] > x.shape[1]:
-        return orthogonal(x.mT, precision).mT
-    y = (x / (x.norm() + 1e-7)).to(precision)
+        return orthogonal(x.mT).mT
+    x = x / (x.norm() + 1e-7)
     for _ in range(3):
-        gram = y @ y.mT
-        y = 3.4445 * y + torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ y
-    return y.to(x.dtype)
+        gram = x @ x.mT
+        x = 3.4445 * x + torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x
+    return x
 
 
-def make_optimizers(
-    network: BlockNetwork, settings: Settings, precision: torch.dtype = torch.float32
-) -> list[Optimizer]:
+def make_optimizers(network: BlockNetwork, settings: Settings) -> list[Optimizer]:
     """Muon for the branches' kernels, Adam for the rest, with a rate of its own for the gates."""
     kernels = [branch.weight for block in network.blocks for branch in block.branches]
     gates = [p for block in network.blocks for p in block.fc.parameters() if p.requires_grad]
@@ -62,15 +57,15 @@ def make_optimizers(
     others = [p for p in network.parameters() if p.requires_grad and id(p) not in chosen]
     groups = [{"params": others}, {"params": gates, "lr": settings.gate_learning_rate}]
     optimizers = [
-        Muon(kernels, settings.learning_rate, settings.momentum, precision),
+        Muon(kernels, settings.learning_rate, settings.momentum),
         torch.optim.Adam(groups, lr=settings.adam_learning_rate, betas=(0.9, 0.95)),
     ]
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["first_lr"] = group["lr"]
+        group["initial_lr"] = group["lr"]
     return optimizers
 
 
 def set_learning_rate(optimizers: list[Optimizer], share: float) -> None:
     """Linear decay: every rate is its first one times the share of the steps that are left."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = group["first_lr"] * share
+        group["lr"] = group["initial_lr"] * share

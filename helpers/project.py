@@ -1,4 +1,4 @@
-"""What every module needs: where things are, how files are written, how errors are told."""
+"""What every module needs: where things are, how files are written, how errors are reported."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ FIGURES = ROOT / "figures"
 
 
 class ProjectError(Exception):
-    """Something a user can mend; the message is one sentence that names it and the remedy."""
+    """Something a user can fix; the message is one sentence that names it and the remedy."""
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows instead of a traceback (in notebooks, and so in papermill)."""
         return [f"{type(self).__name__}: {self}"]
 
 
-def shown(path: Path) -> str:
+def short(path: Path) -> str:
     """A path as a reader knows it: from the project's root, if it is inside."""
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.as_posix()
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The one to three known names most like a wrong one, and how many there are."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
@@ -61,12 +61,9 @@ def write_file(
 
 
 @contextlib.contextmanager
-def command(kept: str) -> Iterator[None]:
-    """The frame of a command: errors that a user can cause end in one sentence and status 1.
-
-    Args:
-        kept: said when it is stopped from the keyboard: what is kept.
-    """
+def exit_with_message(kept: str) -> Iterator[None]:
+    """Report errors that a user can cause in one sentence, with status 1; `kept` is said when the
+    command is stopped from the keyboard."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # printing never fails
     try:
@@ -74,7 +71,7 @@ def command(kept: str) -> Iterator[None]:
     except ProjectError as error:
         sys.exit(str(error))
     except OSError as error:  # a full disk, a folder that may not be written
-        where = shown(Path(error.filename)) if error.filename else "A file"
+        where = short(Path(error.filename)) if error.filename else "A file"
         sys.exit(f"{where} cannot be written or read: {error.strerror or error}.")
     except KeyboardInterrupt:
         sys.exit(f"Stopped from the keyboard; {kept}.")

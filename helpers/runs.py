@@ -1,7 +1,7 @@
 """What a run is: its record in `notebooks/runs/<name>/`, read and written, and tables over records.
 
-A record holds `config.json` (the parameters), `history.csv` (a row an epoch), `batches.csv` (a row
-a training batch), `metrics.json` (what came out, on what machine) and, where kept, `weights.pt`.
+A record holds `config.json` (the parameters), `history.csv` (one row per epoch), `batches.csv` (one
+per training batch), `metrics.json` (what came out, on what machine) and, where kept, `weights.pt`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from filelock import FileLock, Timeout
 from helpers import mixing, project
 from helpers.data import ImageData
 from helpers.model import BlockNetwork
-from helpers.project import ProjectError, nearest, shown, write_file
+from helpers.project import ProjectError, did_you_mean, short, write_file
 from helpers.settings import Settings
 
 
@@ -39,15 +40,15 @@ class Run:
 
     name: str
     config: dict[str, Any]
-    history: pd.DataFrame  # a row an epoch
-    batches: pd.DataFrame  # a row a training batch
+    history: pd.DataFrame  # one row per epoch
+    batches: pd.DataFrame  # one row per training batch
     metrics: dict[str, Any]
 
     @property
     def folder(self) -> Path:
         return project.RUNS / self.name
 
-    @property
+    @cached_property
     def settings(self) -> Settings:
         """The parameters it was made with."""
         return Settings(**{key: self.config[key] for key in self.config if key != "dataset"})
@@ -58,14 +59,15 @@ def read(name: str) -> Run:
     folder = project.RUNS / name
     if not name or not folder.is_dir():
         known = sorted(path.parent.name for path in project.RUNS.glob("*/config.json"))
-        raise RunError(f"There is no run {name!r} in notebooks/runs: {nearest(name, known)}.")
+        raise RunError(f"There is no run {name!r} in notebooks/runs: {did_you_mean(name, known)}.")
     if not (folder / "metrics.json").is_file():
         raise RunError(f"Run {name} is not finished; notebook 03 with its parameters continues it.")
     config, metrics = read_json(folder / "config.json"), read_json(folder / "metrics.json")
     try:
         history, batches = (pd.read_csv(folder / f"{part}.csv") for part in ("history", "batches"))
         run = Run(name, config, history, batches, metrics)
-        if history.empty or batches.empty or config["dataset"] != metrics["dataset"]:
+        whole = len(history) == metrics["epochs"] and "size" in history and "loss" in batches
+        if not whole or config["dataset"] != metrics["dataset"]:
             raise ValueError("its parts do not fit together")
         table([run])  # has it all, in parameters of this version?
     except (OSError, KeyError, TypeError, ValueError, ProjectError) as error:
@@ -89,8 +91,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The content of a record's file; a RunError if there is none, or no names and values in it."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")).items())
-    except (OSError, ValueError, AttributeError) as error:
-        why = f"{shown(path)} cannot be read ({type(error).__name__})"
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        why = f"{short(path)} cannot be read ({type(error).__name__})"
         raise RunError(f"{why}; restore it, or delete its folder.") from None
 
 
@@ -113,7 +115,7 @@ def load_network(run: Run) -> BlockNetwork:
         network.load_state_dict(weights)
     except Exception as error:  # whatever a missing or damaged file leads to
         raise RunError(
-            f"Run {run.name} has no weights that can be used ({shown(path)}: "
+            f"Run {run.name} has no weights that can be used ({short(path)}: "
             f"{type(error).__name__}); restore them, or name a run that has."
         ) from None
     return network.eval()
@@ -138,15 +140,17 @@ NUMBERS = ("test_accuracy", "test_accuracy_tta", "train_seconds", "parameters")
 
 
 def table(runs: list[Run]) -> pd.DataFrame:
-    """A row a run: its name in `run`, `preset`, `seed`, `hardware` in words, in `recipe` all that
-    decides its accuracy but for seed and machine, and the `NUMBERS` of its metrics."""
+    """One row per run: its name in `run`, `preset`, `seed`, `hardware` in words, in `recipe` all
+    that decides its accuracy but for seed and machine, and the `NUMBERS` of its metrics."""
     rows, no_recipe = [], {"preset", "seed", "run", "device", "precision"}
     for run in runs:
         settings, numbers = run.settings, [float(run.metrics[name]) for name in NUMBERS]
         recipe = run.metrics["dataset"] + settings.model_dump_json(exclude=no_recipe)
         known = run.name, settings.preset, settings.seed, hardware_of(run), recipe
         rows.append((*known, *numbers))
-    return pd.DataFrame(rows, columns=["run", "preset", "seed", "hardware", "recipe", *NUMBERS])
+    columns = ["run", "preset", "seed", "hardware", "recipe", *NUMBERS]
+    once = ["seed", "hardware", "recipe"]  # made twice, a run counts once
+    return pd.DataFrame(rows, columns=columns).drop_duplicates(once, ignore_index=True)
 
 
 def seeds_of(run: Run) -> pd.DataFrame:
@@ -177,7 +181,7 @@ def history() -> pd.DataFrame:
     return pd.read_csv(project.RUNS / "history.csv")
 
 
-class Record:
+class RunWriter:
     """A run that is being written: what is known after an epoch is on disk after that epoch.
 
     In a `with` statement, which locks the record. A run that was begun under this name and not
@@ -199,22 +203,24 @@ class Record:
         self.batches: list[dict[str, Any]] = []
         self.interruptions = 0
 
-    def __enter__(self) -> Record:
+    def __enter__(self) -> RunWriter:
         config = self.folder / "config.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self.lock:
+            with self.lock:  # re-entrant: acquired again below
                 if not config.is_file():
                     write_file(config, as_json(self.config))
                 begun = read_json(config)
                 if other := [key for key in self.config if begun.get(key) != self.config[key]]:
-                    why = f"Run {self.name} was begun with other {', '.join(other[:3])}"
-                    raise RunError(f"{why}; give another name with the parameter run.")
+                    why = f"Run {self.name} was started with different {', '.join(other[:3])}"
+                    raise RunError(f"{why}; choose another name with the parameter run.")
                 self.lock.acquire()  # once more: held until __exit__
         except Timeout:
-            raise RunError(f"Run {self.name} is written by another process; wait.") from None
+            raise RunError(
+                f"Run {self.name} is being written by another process; wait for it to finish."
+            ) from None
         except OSError as error:
-            raise RunError(f"{shown(self.folder)} cannot be written: {error.strerror}.") from None
+            raise RunError(f"{short(self.folder)} cannot be written: {error.strerror}.") from None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -234,14 +240,15 @@ class Record:
                 state = torch.load(path, weights_only=True, map_location="cpu")
                 if state["config"] != self.config:
                     raise ValueError("it belongs to another run")
+                training = state["training"]
                 self.epochs, self.batches = state["epochs"], state["batches"]
                 self.interruptions = state["interruptions"] + 1
-                return state["training"]
+                return training
             except (OSError, MemoryError):
                 raise  # nothing may be wrong with the file
             except Exception as error:  # whatever a damaged file leads to
                 why = f"{type(error).__name__}: {error}".splitlines()[0][:80]
-                self.say(f"{shown(path)} is not used ({why}); it is kept as {path.stem}-bad.pt.")
+                self.say(f"{short(path)} is not used ({why}); it is kept as {path.stem}-bad.pt.")
                 path.replace(path.with_name(f"{path.stem}-bad.pt"))
         return None
 
@@ -257,7 +264,7 @@ class Record:
             write_file(path, content, keep)
         except (OSError, RuntimeError) as error:  # torch.save makes the one of the other
             why = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            self.say(f"{shown(path)} could not be written ({why}); the training goes on.")
+            self.say(f"{short(path)} could not be written ({why}); the training goes on.")
             return False
         return True
 
@@ -275,7 +282,7 @@ class Record:
     def finish(self, network: BlockNetwork, metrics: dict[str, Any]) -> Run:
         """Write weights and metrics, remove the checkpoints, and give the finished run. Where not
         all of it can be written the run stays unfinished, and its checkpoints stay."""
-        learned = network.state_dict().items()  # rounded: see training.round_to_half
+        learned = network.state_dict().items()  # already rounded: training.round_to_half
         weights = {name: x.half() if x.is_floating_point() else x for name, x in learned}
         file = io.BytesIO()
         torch.save(weights, file)
@@ -316,8 +323,9 @@ def surroundings(device: torch.device, precision: torch.dtype) -> dict[str, Any]
         "precision": str(precision).removeprefix("torch."),
         "mixed": device.type == "cpu" and not mixing.unavailable(),
     }
-    if device.type == "cuda":
-        hardware["gpu"] = torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        is_cuda = device.type == "cuda"
+        hardware["gpu"] = torch.cuda.get_device_name(device) if is_cuda else "Apple GPU"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     return {"finished": finished, "hardware": hardware, "versions": versions}

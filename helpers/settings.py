@@ -5,24 +5,27 @@ from __future__ import annotations
 import ast
 import re
 import symtable
+import timeit
 from collections.abc import Sequence
+from functools import cache, partial
 from itertools import takewhile
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 import yaml
 from IPython.core.inputtransformer2 import TransformerManager
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from helpers.data import IMAGE_SIZE, TRAINING_IMAGES
+from helpers.data import IMAGE_SIZE, TEST_IMAGES, TRAINING_IMAGES
 from helpers.model import BlockNetwork
-from helpers.project import PRESETS, ProjectError, nearest, shown
+from helpers.project import PRESETS, ProjectError, did_you_mean, short
 
 CHECK = "check_parameters("  # what is before it in a cell is read
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 Gate = Literal["linear", "softmax", "sigmoid", "constant", "uniform"]
 Images = Annotated[int, Field(ge=0, le=TRAINING_IMAGES)]
-Size = Annotated[int, Field(ge=8, le=IMAGE_SIZE)]
+Size = Annotated[int, Field(ge=8, lt=IMAGE_SIZE)]
 Pixels = Annotated[int, Field(ge=0, lt=IMAGE_SIZE)]
 Rate = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -61,7 +64,7 @@ class Settings(Strict):
 
     validation: int = Field(0, ge=0, le=TRAINING_IMAGES - 1000)
     train_images: Images = 0
-    test_images: Images = 0
+    test_images: int = Field(0, ge=0, le=TEST_IMAGES)
 
     blocks: list[Block] = Field(SMALL, strict=False)
     gate: Gate = "linear"
@@ -125,7 +128,7 @@ def first_fault(error: ValidationError) -> str:
     name, *inside = fault["loc"]
     value, hint = fault["input"], ""
     if fault["type"] == "extra_forbidden" and not inside:
-        return f"Parameter {name} is not known: {nearest(name, Settings.model_fields)}."
+        return f"Parameter {name} is not known: {did_you_mean(name, Settings.model_fields)}."
     if fault["type"] == "string_type":
         hint = f" (papermill: -r {name} {value})"
     elif isinstance(value, str):  # what papermill's -p makes of other than numbers
@@ -146,15 +149,19 @@ def check_parameters(
     """The settings of a notebook, from its `globals()`, right after its parameters cell.
 
     papermill only warns of a name that a notebook does not know, and runs on the defaults. So what
-    the cells before the first check assign has to be a parameter. Before a later check the story's
-    own cells were run too: then only those count that assign a parameter or come just before. A
-    notebook that `takes` but a few parameters refuses the others.
+    the cells since the last check assign has to be a parameter; if nothing was run since, those of
+    the last check. After a check that succeeded the story's own cells are run: from then on only
+    cells that assign a parameter count. A notebook that `takes` but a few refuses the others.
     """
     known, cells = Settings.model_fields.keys(), namespace.get("In", [])
-    begin = max((k for k, cell in enumerate(cells[:-1]) if CHECK in cell), default=0)
+    begin, end, succeeded = namespace.get("_checked", (0, 0, False))
+    last = max((k for k, cell in enumerate(cells) if CHECK not in cell), default=0)
+    begin = end if last >= end else begin
+    namespace["_checked"] = begin, len(cells), succeeded
     given = set(takes)
-    for k, names in enumerate(map(assigned, cells[begin:]), begin):
-        if begin == 0 or k >= len(cells) - 2 or names & known:
+    for k, cell in enumerate(cells[begin:], begin):
+        names = assigned(cell, is_last=k >= last)
+        if not succeeded or names & known:
             given |= {name for name in names if not name.startswith("_")}
     given &= namespace.keys()
     if foreign := given & known - set(takes):
@@ -162,21 +169,23 @@ def check_parameters(
         raise ParameterError(f"Parameter {min(foreign)} is not one of this notebook: {names}.")
     settings = Settings(**{name: namespace[name] for name in sorted(given)})
     pick_precision(settings.precision, pick_device(settings.device))  # can this machine do it?
+    namespace["_checked"] = begin, len(cells), True
     return settings
 
 
-def assigned(cell: str) -> set[str]:
-    """The names that a cell assigns, in whatever form, before any check."""
+def assigned(cell: str, is_last: bool = True) -> set[str]:
+    """The names that a cell assigns, in whatever form, before any check. One that is no Python
+    assigned nothing, and is refused only if it is the last one."""
     body = re.sub(r"\A(\s*%%.*\n?)+", "", cell)
     try:
         statements = ast.parse(TransformerManager().transform_cell(body)).body
         before = takewhile(lambda text: CHECK not in text, map(ast.unparse, statements))
         symbols = symtable.symtable("\n".join(before), "cell", "exec").get_symbols()
     except SyntaxError:
-        if body != cell:  # a cell magic in another language, such as %%bash
+        if body != cell or not is_last:  # a cell magic in another language, such as %%bash
             return set()
         raise ParameterError(
-            f"The cell that begins {cell.strip()[:40]!r} is no Python; write plain assignments."
+            f"The cell that begins {cell.strip()[:40]!r} is not valid Python; correct it."
         ) from None
     return {one.get_name() for one in symbols if one.is_assigned() and not one.is_namespace()}
 
@@ -185,19 +194,21 @@ def read_preset(name: str) -> dict[str, Any]:
     """The parameters that a preset gives: those in which it differs from the defaults."""
     path, known = PRESETS / f"{name}.yaml", [path.stem for path in PRESETS.glob("*.yaml")]
     if name not in known:
-        raise ParameterError(f"There is no preset {name!r}: {nearest(name, known)}.")
+        raise ParameterError(f"There is no preset {name!r}: {did_you_mean(name, known)}.")
     try:
         text = path.read_text(encoding="utf-8")
         parameters = yaml.safe_load(text)
         Settings(**parameters)
     except ParameterError as error:
-        raise ParameterError(f"{shown(path)}: {error}") from None
+        raise ParameterError(f"{short(path)}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError, TypeError):
-        raise ParameterError(f"{shown(path)} is no YAML of lines like epochs: 6.") from None
+        raise ParameterError(
+            f"{short(path)} is not valid YAML, with lines like epochs: 6."
+        ) from None
     if octal := re.search(r"^[^#\n]*[ ,\[]0\d.*$", text, re.MULTILINE):  # YAML reads 012 as 10
-        raise ParameterError(f"{shown(path)}: write {octal[0]!r:.40} without a leading zero.")
+        raise ParameterError(f"{short(path)}: write {octal[0]!r:.40} without a leading zero.")
     if parameters.get("preset") != name:
-        raise ParameterError(f"{shown(path)} must say preset: {name}.")
+        raise ParameterError(f"{short(path)} must say preset: {name}.")
     return parameters
 
 
@@ -207,7 +218,7 @@ def pick_device(name: str) -> torch.device:
     for candidate in [*gpus, "cpu"] if name == "auto" else [name]:
         try:
             x = torch.zeros(1, 3, 8, 8, device=candidate)
-            torch.nn.functional.conv2d(x, x).sum().item()
+            F.conv2d(x, x).sum().item()
             return torch.device(candidate)
         except (RuntimeError, AssertionError) as error:
             why = f"{candidate} does not work here ({str(error).splitlines()[0][:80]})"
@@ -217,15 +228,17 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of feature maps in training; `"auto"`: bfloat16 where the device has it, else
-    float16 on CUDA, else float32. What would be emulated, hundreds of times slower, is refused."""
+    """The dtype of feature maps in training; `"auto"`: bfloat16 where the device has it and is
+    quicker with it, else float16 on CUDA, else float32. What would be emulated, hundreds of times
+    slower, is refused."""
     able = ["float32"]
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         able = ["bfloat16"] * has_bfloat16 + ["float16", "float32"]
     elif device.type == "cpu":
         has = torch.cpu.get_capabilities()
-        able = ["bfloat16"] * (has.get("avx512_bf16") or has.get("amx_bf16") or False) + able
+        if has.get("avx512_bf16") or has.get("amx_bf16"):
+            able = ["bfloat16", "float32"] if is_bfloat16_faster() else ["float32", "bfloat16"]
     chosen = able[0] if name == "auto" else name
     if chosen not in able:
         allowed = ", ".join(["auto", *able])
@@ -233,3 +246,15 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
             f"Parameter precision = {name!r}: on this {device.type}, use {allowed}."
         )
     return getattr(torch, chosen)
+
+
+@cache
+def is_bfloat16_faster() -> bool:
+    """Measured with a small convolution: of CPUs with instructions for bfloat16 some take half of
+    float32's time, others half as much again."""
+    seconds = []
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.ones(64, 64, 16, 16, dtype=dtype).to(memory_format=torch.channels_last)
+        kernel = torch.ones(64, 64, 3, 3, dtype=dtype)
+        seconds.append(min(timeit.repeat(partial(F.conv2d, x, kernel), number=1, repeat=7)))
+    return seconds[0] < seconds[1]

@@ -17,7 +17,7 @@ from statsmodels.formula.api import ols
 
 from helpers import data, evaluation, project, training
 from helpers.model import layer_table
-from helpers.project import ProjectError, command, write_file
+from helpers.project import ProjectError, exit_with_message, write_file
 from helpers.settings import Settings
 
 BASE = "softmax"
@@ -63,14 +63,14 @@ def planned() -> Iterator[tuple[str, int, Settings]]:
 
 
 def table() -> pd.DataFrame:
-    """The study, a row a run: `variant`, `seed`, `accuracy` on validation images, that
+    """The study, one row per run: `variant`, `seed`, `accuracy` on validation images, that
     with another image's a (`accuracy_shuffled`) and with the mean a (`accuracy_mean`), `seconds` of
-    training, `parameters`, `multiply_adds` an image."""
+    training, `parameters`, `multiply_adds` per image."""
     return pd.read_csv(project.RUNS / "study.csv")
 
 
 def ladder() -> pd.DataFrame:
-    """From the sheet's basic network up, a row a step: `step` in words, whether it was `kept`,
+    """From the sheet's basic network up, one row per step: `step` in words, whether it was `kept`,
     `accuracy` on validation images, `seconds`, `parameters`, `multiply_adds`."""
     return pd.read_csv(project.RUNS / "ladder.csv")
 
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--cluster", help="address of a Dask cluster whose workers see this folder")
     parser.add_argument("--list", action="store_true", help="only say what is missing")
     options = parser.parse_args()
-    with command("the rows that are finished are kept"):
+    with exit_with_message("the rows that are finished are kept"):
         done = table()
         there = set(zip(done["variant"], done["seed"], strict=True))
         missing = [run for run in planned() if run[:2] not in there]

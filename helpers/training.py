@@ -23,7 +23,7 @@ from helpers.data import ImageData, ImageSet
 from helpers.model import BlockNetwork
 from helpers.optimizers import make_optimizers, set_learning_rate
 from helpers.project import ProjectError
-from helpers.runs import Record, Run, load_network, surroundings
+from helpers.runs import Run, RunWriter, load_network, surroundings
 from helpers.settings import Settings, pick_device, pick_precision
 
 SECONDS_BETWEEN_CHECKPOINTS = 30
@@ -47,24 +47,24 @@ def train(
     device = pick_device(settings.device)
     parts = data.parts(images, settings.validation, settings.train_images, settings.test_images)
     training, validation, test = (part and part.to(device) for part in parts)
-    with Record(settings, images.name, say) as record:
+    with RunWriter(settings, images.name, say) as record:
         if (run := record.finished()) is not None:
             say(f"Run {run.name} is finished; this is its record.")
             for row in run.history.to_dict("records"):
                 say(epoch_line(row, settings))
-            return load_network(run), run
+            return load_network(run).to(device), run
         state = TrainState(training, settings, device)
         if (checkpoint := record.checkpoint()) is not None:
             state.load(checkpoint)
             say(f"Run {record.name} goes on in epoch {state.epoch}, batch {len(state.rows) + 1}.")
         while state.epoch <= settings.epochs:
             for x, labels, index in state.remaining_batches():
-                weights = state.importance[index].to(device)
+                importance = state.importance[index].to(device)
                 losses, hits = train_step(
                     state.network, state.optimizers, state.scaler, state.precision,
-                    settings.label_smoothing, x, labels, weights,
+                    settings.label_smoothing, x, labels, importance,
                 )  # fmt: skip
-                state.note(index, losses, hits)
+                state.log_batch(index, losses, hits)
                 if state.is_checkpoint_due():
                     record.save(state.checkpoint())
             row = state.end_epoch() | measure(state, training, validation, test)
@@ -72,7 +72,8 @@ def train(
             say(epoch_line(row, settings))
             state.begin_epoch(state.epoch + 1)
             record.save(state.checkpoint())
-        return state.network, record.finish(state.network, final_metrics(state, record))
+        network = state.network.eval()
+        return network, record.finish(network, final_metrics(state, record))
 
 
 def train_step(
@@ -83,28 +84,28 @@ def train_step(
     smoothing: float,
     x: Tensor,
     labels: Tensor,
-    weights: Tensor,
+    importance: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """One step on a batch: its losses, b, before the step, and which predictions were right, b.
 
     Args:
         precision: of the feature maps; weights, momentum and loss stay float32.
         smoothing: of the labels (Szegedy et al., arXiv 1512.00567).
-        x, labels, weights: b×3×h×w, b, and how much each image counts, b.
+        x, labels, importance: b×3×h×w, b, and how much each image counts, b.
     """
     with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
         logits = network(x)  # b×10
     losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
     for optimizer in optimizers:
         optimizer.zero_grad()
-    scaler.scale(weights @ losses / weights.sum()).backward()
+    scaler.scale(importance @ losses / importance.sum()).backward()
     for optimizer in optimizers:
         scaler.step(optimizer)
     scaler.update()
     return losses.detach(), logits.argmax(dim=1) == labels
 
 
-def first_network(training: ImageSet, settings: Settings) -> BlockNetwork:
+def initial_network(training: ImageSet, settings: Settings) -> BlockNetwork:
     """The network before training: kernels drawn from the seed, the stem fitted to the images.
 
     A kernel begins as the identity plus noise of its own: to pass x on is a better start than noise
@@ -121,15 +122,7 @@ def first_network(training: ImageSet, settings: Settings) -> BlockNetwork:
     return network.to(memory_format=torch.channels_last)
 
 
-def augmentation_of(settings: Settings, count: int, generator: torch.Generator) -> Augmentation:
-    """How a run varies a set of so many images."""
-    return Augmentation(
-        count, generator, settings.translate, settings.flip, settings.cutout,
-        settings.trivial_augment,
-    )  # fmt: skip
-
-
-def importance(losses: Tensor, skip: float, generator: torch.Generator) -> Tensor:
+def infobatch_weights(losses: Tensor, skip: float, generator: torch.Generator) -> Tensor:
     """How much each of N images counts in an epoch, given their last losses (NaN: not seen yet).
 
     InfoBatch pruning (Qin et al., arXiv 2303.04947): of those below the mean loss, each is left out
@@ -149,20 +142,20 @@ class TrainState:
         epoch: the one that is being trained, counted from 1; `rows`: of its batches that are done.
         losses: the last loss of each training image; NaN if there is none yet.
         importance: how much each image counts in this epoch; 0 for those that are left out.
-        drawn: the state of the generator with which the epoch's batches are drawn.
+        epoch_rng: the state of the generator with which the epoch's batches are drawn.
     """
 
-    SAVED = ("epoch", "rows", "losses", "importance", "drawn", "seconds")
+    SAVED = ("precision", "epoch", "rows", "losses", "importance", "epoch_rng", "seconds")
 
     def __init__(self, training: ImageSet, settings: Settings, device: torch.device) -> None:
         self.training, self.settings = training, settings
         self.precision = pick_precision(settings.precision, device)
-        self.network = first_network(training, settings).to(device)
-        self.optimizers = make_optimizers(self.network, settings, self.precision)
+        self.network = initial_network(training, settings).to(device)
+        self.optimizers = make_optimizers(self.network, settings)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         # Order and augmentation draw from this generator and from no other.
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self.augmentation = augmentation_of(settings, len(training), self.generator)
+        self.augmentation = Augmentation(len(training), self.generator, settings)
         self.losses = torch.full((len(training),), math.nan)
         self.begin_epoch(1)
 
@@ -170,8 +163,8 @@ class TrainState:
         self.epoch, self.rows, self.seconds = epoch, [], 0.0
         pruned = epoch <= 7 / 8 * self.settings.epochs  # the end sees all images, as in InfoBatch
         skip = self.settings.skip_easy if pruned else 0.0
-        self.importance = importance(self.losses, skip, self.generator)
-        self.drawn = self.generator.get_state()
+        self.importance = infobatch_weights(self.losses, skip, self.generator)
+        self.epoch_rng = self.generator.get_state()
 
     def remaining_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The batches of this epoch that are still to be done: x, labels, numbers of the images.
@@ -179,14 +172,14 @@ class TrainState:
         After an interruption the epoch's draws are made again, and the batches that are done are
         passed over, which gives exactly the same rest.
         """
-        self.generator.set_state(self.drawn)
+        self.generator.set_state(self.epoch_rng)
         loader = data.training_loader(
             self.training, self.settings.batch_size, self.augmentation, self.generator,
             self.epoch - 1, self.importance.nonzero().flatten(),
         )  # fmt: skip
         self.network.train()
-        self.saved = time.perf_counter()
-        self.begun = self.saved - self.seconds
+        self.last_save = time.perf_counter()
+        self.epoch_start = self.last_save - self.seconds
         size, done = self.settings.image_size(self.epoch), len(self.rows)
         for x, labels, index in itertools.islice(loader, done, None):
             share = 1 - (self.epoch - 1 + len(self.rows) / len(loader)) / self.settings.epochs
@@ -194,7 +187,7 @@ class TrainState:
             yield resize(x, size), labels, index
             show_progress(f"epoch {self.epoch}: batch {len(self.rows)} of {len(loader)}")
 
-    def note(self, index: Tensor, losses: Tensor, hits: Tensor) -> None:
+    def log_batch(self, index: Tensor, losses: Tensor, hits: Tensor) -> None:
         """Note a batch's losses and hits. Raises a TrainingError for a loss that is not finite."""
         losses, hits, weights = losses.cpu(), hits.cpu(), self.importance[index]
         loss, weight = float(weights @ losses / weights.sum()), float(weights.sum())
@@ -204,15 +197,15 @@ class TrainState:
              "learning_rate": float(self.optimizers[0].param_groups[0]["lr"])}
         )  # fmt: skip
         self.losses[index] = losses
-        self.seconds = time.perf_counter() - self.begun
+        self.seconds = time.perf_counter() - self.epoch_start
         self.check_finite("The loss is", [losses])
 
     def is_checkpoint_due(self) -> bool:
         """Whether the last checkpoint is half a minute old."""
-        if time.perf_counter() - self.saved < SECONDS_BETWEEN_CHECKPOINTS:
+        if time.perf_counter() - self.last_save < SECONDS_BETWEEN_CHECKPOINTS:
             return False
         self.check_finite("Weights are", self.network.state_dict().values())
-        self.saved = time.perf_counter()
+        self.last_save = time.perf_counter()
         return True
 
     def end_epoch(self) -> dict[str, Any]:
@@ -221,7 +214,7 @@ class TrainState:
             recalibrate(self.network, self.training, self.settings)
             round_to_half(self.network)
         self.check_finite("Weights are", self.network.state_dict().values())
-        self.seconds = time.perf_counter() - self.begun
+        self.seconds = time.perf_counter() - self.epoch_start
         show_progress("")
         weight = sum(row["weight"] for row in self.rows)
         return {
@@ -261,7 +254,7 @@ def recalibrate(network: BlockNetwork, training: ImageSet, settings: Settings) -
     training; while training they follow the last few batches."""
     some = training.first(min(RECALIBRATED, len(training)))
     generator = torch.Generator().manual_seed(settings.seed)
-    augmentation = augmentation_of(settings, len(some), generator)
+    augmentation = Augmentation(len(some), generator, settings)
     loader = data.training_loader(some, min(500, len(some)), augmentation, generator)
     update_bn((x for x, *_ in loader), network, some.images.device)
 
@@ -283,19 +276,19 @@ def measure(
     network, size = state.network, state.settings.image_size(state.epoch)
     last = state.epoch == state.settings.epochs
     precision = torch.float32 if last else state.precision
-    some = training.first(min(MEASURED, len(training)))
-    found = {}
-    for name, part in (("training", some), ("validation", validation), ("test", test)):
-        if part:
-            logits = evaluation.predict(network, part, precision, size)
-            found[f"{name}_accuracy"] = evaluation.accuracy(logits, part.labels)
+    sets = {"training": training.first(min(MEASURED, len(training))), "test": test}
+    if validation:
+        sets["validation"] = validation
+    logits = {name: evaluation.predict(network, s, precision, size) for name, s in sets.items()}
+    right = {name: evaluation.accuracy(logits[name], sets[name].labels) for name in sets}
+    found = {f"{name}_accuracy": share for name, share in right.items()}
     if last:
-        views = evaluation.six_views(network, test, logits, state.precision)
+        views = evaluation.six_views(network, test, logits["test"], state.precision)
         found["test_accuracy_tta"] = evaluation.accuracy(views, test.labels)
     return found
 
 
-def final_metrics(state: TrainState, record: Record) -> dict[str, Any]:
+def final_metrics(state: TrainState, record: RunWriter) -> dict[str, Any]:
     """The content of `metrics.json`; accuracies are those after the last epoch."""
     settings, device = state.settings, state.training.images.device
     accuracies = {name: n for name, n in record.epochs[-1].items() if "accuracy" in name}

@@ -16,6 +16,7 @@ from helpers.augment import (
     shift,
     trivial_augment,
 )
+from helpers.settings import Settings
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -67,9 +68,13 @@ def test_trivial_augment_alters_the_chosen_repeatably_and_no_other_chance() -> N
     assert torch.equal(images, some_images())  # nothing is written into what was given
 
 
+def made(count: int, **wanted: object) -> Augmentation:
+    return Augmentation(count, seeded(), Settings(**{"translate": 0, "flip": False} | wanted))
+
+
 def test_trivial_augment_fills_with_the_mean_colour_and_takes_the_share_asked_for() -> None:
     white, index = torch.full((800, 3, 32, 32), 255, dtype=torch.uint8), torch.arange(800)
-    augment = Augmentation(800, seeded(), trivial_augment=0.5)
+    augment = made(800, trivial_augment=0.5)
     first, second = augment(white, index, 0), augment(white, index, 1)
     filled = (first == torch.tensor(MEAN_COLOUR).view(1, 3, 1, 1)).all(dim=1).flatten(1).any(dim=1)
     # Half of the images, of which 5 operations of 14 move; groups of eight have one in common.
@@ -78,7 +83,7 @@ def test_trivial_augment_fills_with_the_mean_colour_and_takes_the_share_asked_fo
 
 def test_the_flip_alternates_and_belongs_to_the_image() -> None:
     images, order = some_images(200), torch.randperm(200, generator=seeded(5))
-    augment = Augmentation(200, seeded(), flip=True)
+    augment = made(200, flip=True)
     epochs = [augment(images, torch.arange(200), epoch) for epoch in range(3)]
     assert torch.equal(epochs[0], epochs[2]) and torch.equal(epochs[0].flip(3), epochs[1])
     assert 60 < (epochs[0] == images).flatten(1).all(dim=1).sum() < 140
@@ -88,10 +93,10 @@ def test_the_flip_alternates_and_belongs_to_the_image() -> None:
 def test_every_shift_and_every_centre_of_a_cutout_occurs() -> None:
     images, index = torch.zeros(2000, 3, 32, 32, dtype=torch.uint8), torch.arange(2000)
     images[:, :, 16, 16] = 255
-    moved = Augmentation(2000, seeded(), translate=2)(images, index, 0)
+    moved = made(2000, translate=2)(images, index, 0)
     places = {tuple(place) for place in (moved[:, 0] > 0).nonzero()[:, 1:].tolist()}
     assert places == {(row, column) for row in range(14, 19) for column in range(14, 19)}
-    covered = (Augmentation(2000, seeded(), cutout=8)(images * 0, index, 0) > 0).all(dim=1)
+    covered = (made(2000, cutout=8)(images * 0, index, 0) > 0).all(dim=1)
     assert covered.flatten(1).sum(dim=1).unique().tolist()[-1] == 64
     assert covered.flatten(1).any(dim=1).all() and covered.any(dim=0).all()
 
@@ -99,10 +104,11 @@ def test_every_shift_and_every_centre_of_a_cutout_occurs() -> None:
 def test_all_chance_comes_from_the_generator_which_the_start_asks_once() -> None:
     images, index, before = some_images(), torch.arange(40), torch.get_rng_state()
     generator, other = seeded(3), seeded(3)
-    first = Augmentation(40, generator, 2, True, 8, 0.5)
+    settings = Settings(cutout=8, trivial_augment=0.5)
+    first = Augmentation(40, generator, settings)
     torch.rand(40, generator=other)
     assert torch.equal(generator.get_state(), other.get_state())
-    again = Augmentation(40, seeded(3), 2, True, 8, 0.5)(images, index, 0)
+    again = Augmentation(40, seeded(3), settings)(images, index, 0)
     assert torch.equal(first(images, index, 0), again)
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(Augmentation(40, seeded())(images, index, 1), images)  # nothing asked for
+    assert torch.equal(made(40)(images, index, 1), images)  # nothing asked for

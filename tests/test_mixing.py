@@ -76,7 +76,7 @@ X, W = ones(2, 8, 8, 8), ones(8, 8, 3, 3)
     ],
 )  # fmt: skip
 def test_what_it_does_not_take_is_refused(x, weights):
-    assert mixing.pays(X, [W, W], stride=1) and not mixing.pays(x, weights, stride=1)
+    assert mixing.is_faster(X, [W, W], stride=1) and not mixing.is_faster(x, weights, stride=1)
     with pytest.raises(mixing.Unavailable, match="takes float32"):
         mixing.mixed_convolution(x, ones(2, 2), weights)
     with pytest.raises(mixing.Unavailable, match=r"a \[2, 3\]"):
@@ -89,7 +89,7 @@ def test_it_pays_where_seven_positions_of_the_largest_kernel_are_saved():
         (32, (3,), 1, False), (32, (3, 3), 2, False),
     ]:  # fmt: skip
         weights = [ones(8, 8, k, k) for k in kernels]
-        assert mixing.pays(ones(1, 8, size, size), weights, stride) == pays, (size, kernels)
+        assert mixing.is_faster(ones(1, 8, size, size), weights, stride) == pays, (size, kernels)
 
 
 class Block(nn.Module):
@@ -99,7 +99,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         weights = [branch.weight for branch in self.branches]
-        self.taken.append(mixing.pays(x, weights, 1))
+        self.taken.append(mixing.is_faster(x, weights, 1))
         mix = mixing.mixed_convolution if self.taken[-1] else reference
         return mix(x, x.mean((2, 3))[:, :2], weights)
 

@@ -54,7 +54,7 @@ def finish(records: Path) -> Make:
             "preset": settings.preset, "seed": 0, "epochs": 1, "train_seconds": 60.0,
             "hardware": machine, "finished": "", "versions": {},
         }  # fmt: skip
-        with runs.Record(settings, "stand-in") as made:
+        with runs.RunWriter(settings, "stand-in") as made:
             made.add_epoch(row | accuracies, [{"epoch": 1, "batch": 1, "loss": 2.0}] * 2)
             return made.finish(settings.network(), metrics)
 

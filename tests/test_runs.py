@@ -13,13 +13,13 @@ from filelock import FileLock
 
 from helpers import project, runs
 from helpers.data import ImageData
-from helpers.runs import Record, RunError
+from helpers.runs import RunError, RunWriter
 from helpers.settings import Settings
 
 SETTINGS = Settings(blocks=[{"channels": 8, "kernels": [3]}], epochs=3, device="cpu")
 ROW = {"epoch": 1, "size": 32, "loss": 1.0, "test_accuracy": 0.5, "seconds": 1.0}
 METRICS = {
-    "dataset": "cifar10", "preset": "small", "seed": 0, "epochs": 3, "test_accuracy": 0.9,
+    "dataset": "cifar10", "preset": "small", "seed": 0, "epochs": 1, "test_accuracy": 0.9,
     "test_accuracy_tta": 0.91, "training_accuracy": 0.95, "validation_accuracy": None,
     "train_seconds": 60.0, "parameters": 10, "finished": "2026-11-30",
     "hardware": {"processor": "X", "threads": 2, "device": "cpu", "precision": "float32"},
@@ -29,7 +29,7 @@ METRICS = {
 def make(name: str, accuracy: float = 0.9, **changes: object) -> runs.Run:
     """A finished record of that name, with settings that differ so."""
     settings = Settings(**SETTINGS.model_dump() | {"run": name} | changes)
-    with Record(settings, "cifar10") as record:
+    with RunWriter(settings, "cifar10") as record:
         record.add_epoch(ROW, [{"epoch": 1, "batch": 1, "loss": 1.0, "learning_rate": 0.1}])
         return record.finish(
             settings.network(), METRICS | {"seed": settings.seed, "test_accuracy": accuracy}
@@ -122,32 +122,32 @@ def test_two_processes_do_not_write_one_record(records: Path) -> None:
     with (
         FileLock(records / "one" / ".lock"),
         pytest.raises(RunError, match="another process"),
-        Record(settings, "cifar10"),
+        RunWriter(settings, "cifar10"),
     ):
         pass
 
 
 def test_names_that_are_taken_get_a_number(records: Path) -> None:
-    with Record(SETTINGS, "cifar10") as first:
+    with RunWriter(SETTINGS, "cifar10") as first:
         pass
-    with Record(SETTINGS, "cifar10") as again:  # begun, and not finished
+    with RunWriter(SETTINGS, "cifar10") as again:  # begun, and not finished
         assert again.name == first.name == "small-seed0"
         again.add_epoch(ROW, [ROW])
         again.finish(SETTINGS.network(), dict(METRICS))
-    with Record(SETTINGS, "cifar10") as finished:
+    with RunWriter(SETTINGS, "cifar10") as finished:
         assert finished.finished() is not None
     (records / "small-seed0" / "weights.pt").unlink()
-    with Record(SETTINGS, "cifar10") as other:
+    with RunWriter(SETTINGS, "cifar10") as other:
         assert other.name == "small-seed0-2"
     changed = Settings(**SETTINGS.model_dump() | {"epochs": 4})
-    with Record(changed, "cifar10") as third:
+    with RunWriter(changed, "cifar10") as third:
         assert third.name == "small-seed0-3"
 
 
 def test_a_folder_that_cannot_be_written_is_said(records: Path) -> None:
     (records / "one").write_text("a file", encoding="utf-8")
     settings = Settings(**SETTINGS.model_dump() | {"run": "one"})
-    with pytest.raises(RunError, match="cannot be written"), Record(settings, "cifar10"):
+    with pytest.raises(RunError, match="cannot be written"), RunWriter(settings, "cifar10"):
         pass
 
 

@@ -100,13 +100,31 @@ def test_a_cell_that_is_no_python_is_refused() -> None:
 
 def test_what_the_story_assigned_is_no_parameter_when_the_cell_is_run_again() -> None:
     check = "settings = check_parameters(globals())\nimages = 1"
-    cells = ["", "import sys", CELL, check, "loss = 3", "%%bash\nls", CELL, check]
-    assert check_parameters({"seed": 1, "epochs": 5, "loss": 3, "In": cells}).epochs == 5
-    cells.append(check)  # the check alone, once more
-    assert check_parameters({"seed": 1, "epochs": 5, "images": 1, "In": cells}).epochs == 5
-    cells[-2:] = [CELL + "epoch = 9", check]
-    with pytest.raises(ParameterError, match="epoch "):
-        check_parameters({"seed": 1, "epochs": 5, "epoch": 9, "loss": 3, "In": cells})
+    kernel = {"seed": 1, "epochs": 5, "In": ["", "import sys", CELL, check]}
+    check_parameters(kernel)
+    kernel |= {"loss": 3, "images": 1}
+    kernel["In"] += ["loss = 3", "%%bash\nls", CELL, check]
+    assert check_parameters(kernel).epochs == 5
+    kernel["In"] += [check]  # alone, once more
+    assert check_parameters(kernel).epochs == 5
+    kernel |= {"epoch": 9}
+    for cells in ([CELL + "epoch = 9", check], [check]):  # run again, it is refused again
+        kernel["In"] += cells
+        with pytest.raises(ParameterError, match="epoch "):
+            check_parameters(kernel)
+    kernel["In"] += [CELL, check]  # corrected, though the kernel still knows it
+    assert check_parameters(kernel).epochs == 5
+
+
+def test_before_the_first_success_a_mistake_counts_until_it_is_corrected() -> None:
+    check = "check_parameters(globals())"
+    kernel = {"epoch": 9, "seed": 1, "In": ["", "epoch: int = 9", check]}
+    for _ in range(2):
+        with pytest.raises(ParameterError, match="epoch "):
+            check_parameters(kernel)
+        kernel["In"] += [check]
+    kernel["In"] += ["seed = = 3", "seed = 3", check]  # the first of these was never run
+    assert check_parameters(kernel).seed == 1
 
 
 def test_a_parameter_that_a_notebook_does_not_take_is_refused() -> None:

@@ -20,7 +20,7 @@ from helpers.data import ImageData
 from helpers.optimizers import Muon, make_optimizers, orthogonal, set_learning_rate
 from helpers.runs import RunError
 from helpers.settings import Settings
-from helpers.training import TrainingError, importance, train
+from helpers.training import TrainingError, infobatch_weights, train
 
 ROWS = [
     {"channels": 8, "kernels": [3, 1], "pool": True},
@@ -202,7 +202,7 @@ def test_muon_steps_along_the_orthogonal_factor() -> None:
 def test_muon_keeps_banks_at_their_norm_and_moves_by_its_rate() -> None:
     torch.manual_seed(0)
     kernel = torch.nn.Parameter(torch.randn(8, 4, 3, 3))
-    optimizer = Muon([kernel], lr=0.1, momentum=0.5, precision=torch.float32)
+    optimizer = Muon([kernel], lr=0.1, momentum=0.5)
     kernel.grad = torch.randn_like(kernel)
     before = kernel.detach() * (8**0.5 / kernel.detach().norm())
     optimizer.step()
@@ -225,17 +225,17 @@ def test_every_parameter_has_one_optimizer_and_gates_their_own_rate() -> None:
 
 def test_infobatch_keeps_the_expected_weight_and_drops_easy_images_only() -> None:
     losses = torch.cat([torch.zeros(4000), torch.ones(4000), torch.full((100,), torch.nan)])
-    weights = importance(losses, 0.5, torch.Generator().manual_seed(0))
+    weights = infobatch_weights(losses, 0.5, torch.Generator().manual_seed(0))
     assert set(weights[:4000].tolist()) == {0.0, 2.0}
     assert weights[:4000].mean() == pytest.approx(1, abs=0.05)
     assert (weights[4000:] == 1).all()
 
 
 def test_batch_norm_is_recalibrated_on_images_augmented_as_in_training(images: ImageData) -> None:
-    network = training.first_network(images.train, SETTINGS)
+    network = training.initial_network(images.train, SETTINGS)
     training.recalibrate(network, images.train, SETTINGS)
     generator = torch.Generator().manual_seed(SETTINGS.seed)
-    augmentation = training.augmentation_of(SETTINGS, 160, generator)
+    augmentation = training.Augmentation(160, generator, SETTINGS)
     ((x, *_),) = data.training_loader(images.train, 160, augmentation, generator)
     with torch.no_grad():
         y = network.between[0].pool(network.blocks[0](network.stem(x)))
@@ -243,7 +243,7 @@ def test_batch_norm_is_recalibrated_on_images_augmented_as_in_training(images: I
 
 
 def test_first_weights_pass_x_on_and_branches_differ(images: ImageData) -> None:
-    one, other = (training.first_network(images.train, SETTINGS) for _ in range(2))
+    one, other = (training.initial_network(images.train, SETTINGS) for _ in range(2))
     assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
     three, single = (C.weight.detach() for C in one.blocks[1].branches)
     assert three[range(8), range(8), 1, 1].mean() == pytest.approx(1, abs=0.15)
@@ -269,7 +269,7 @@ def test_the_transient_line_is_shown_to_a_terminal_only(
 
 def test_float16_scales_its_gradients(images: ImageData) -> None:
     """On a CPU, with the scaler that a GPU without bfloat16 gets."""
-    network = training.first_network(images.train, SETTINGS)
+    network = training.initial_network(images.train, SETTINGS)
     optimizers = make_optimizers(network, SETTINGS)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     before = network.output.fc.weight.clone()

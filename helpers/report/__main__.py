@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from helpers import data, runs
-from helpers.project import ProjectError, command, shown
+from helpers.project import ProjectError, exit_with_message, short
 from helpers.report import execute, readme
 from helpers.report.pages import render, write_overview
 from helpers.report.pdf import make_pdf
@@ -41,7 +41,7 @@ def make_report(preset: str, seed: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            print(f"Preset {preset}, run {run}, into {shown(folder)}", flush=True)
+            print(f"Preset {preset}, run {run}, into {short(folder)}", flush=True)
             for name in execute.SEQUENCE:
                 target, given = folder / f"{name}.ipynb", parameters | {"run": run}
                 notebook = execute.execute(name, target, given)
@@ -52,7 +52,7 @@ def make_report(preset: str, seed: int) -> Path:
             return write_overview(made, images, folder)
     except Timeout:
         raise ProjectError(
-            f"{shown(folder)} is being made by another process; wait for it, or use another seed."
+            f"{short(folder)} is being made by another process; wait for it, or use another seed."
         ) from None
 
 
@@ -85,12 +85,12 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--publish takes the notebooks' own parameters")
     if options.only and not options.publish:
         parser.error("--only goes with --publish")
-    with command("what was executed is in report/"):
+    with exit_with_message("what was executed is in report/"):
         if options.publish:
             publish(options.only or NUMBERS)
         else:
             preset = "small" if options.preset is None else options.preset
-            print(f"Begin with {shown(make_report(preset, options.seed or 0))}")
+            print(f"Begin with {short(make_report(preset, options.seed or 0))}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from helpers.optimizers import make_optimizers
-from helpers.project import BENCHMARKS, command, shown, write_file
+from helpers.project import BENCHMARKS, exit_with_message, short, write_file
 from helpers.runs import surroundings
 from helpers.settings import Settings, pick_precision
 from helpers.study import branches
@@ -42,7 +42,7 @@ def training_step(kind: str, settings: Settings, precision: torch.dtype) -> Call
     network = settings.network().to(memory_format=torch.channels_last).train()
     for layer in network.blocks:
         layer.implementation = kind
-    optimizers = make_optimizers(network, settings, precision)
+    optimizers = make_optimizers(network, settings)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     b = settings.batch_size
     x = torch.randn(b, 3, 32, 32).to(memory_format=torch.channels_last)
@@ -51,7 +51,7 @@ def training_step(kind: str, settings: Settings, precision: torch.dtype) -> Call
 
 
 def measure(what: str, precision: torch.dtype) -> pd.DataFrame:
-    """A row a case, also printed; the first round, in which memory is found, does not count."""
+    """One row per case, also printed; the first round, a warm-up, does not count."""
     kinds, settings = zip(*COMPARED[what])
     steps = [training_step(kind, own, precision) for kind, own in COMPARED[what]]
     spent: list[list[float]] = [[] for _ in steps]
@@ -74,7 +74,7 @@ def measure(what: str, precision: torch.dtype) -> pd.DataFrame:
 
 def main(arguments: list[str] | None = None) -> None:
     argparse.ArgumentParser("python -m helpers.report.bench", None, __doc__).parse_args(arguments)
-    with command("the table is as it was"):
+    with exit_with_message("the table is as it was"):
         cpu = torch.device("cpu")
         precisions = dict.fromkeys([torch.float32, pick_precision("auto", cpu)])
         table = pd.concat([measure(what, own) for own in precisions for what in COMPARED])
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
         table.insert(0, "machine", machine)
         path = BENCHMARKS / f"{re.sub(r'[^a-z0-9]+', '-', machine.lower())}.csv"
         write_file(path, table.to_csv(index=False, float_format="%.4g"))
-        print(f"{shown(path)} is written.")
+        print(f"{short(path)} is written.")
 
 
 if __name__ == "__main__":

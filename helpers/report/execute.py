@@ -15,7 +15,7 @@ from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
-from helpers.project import ROOT, ProjectError, shown
+from helpers.project import ROOT, ProjectError, short
 
 NOTEBOOKS = ROOT / "notebooks"
 REPORT = ROOT / "report"
@@ -53,13 +53,13 @@ def execute(
         said = textwrap.shorten(f"{error.ename}: {error.evalue}".rstrip("."), 180, placeholder=" …")
         stopped = f"in its cell [{error.exec_count}] with {said}"
     except DeadKernelError:
-        stopped = "because its kernel died, perhaps for want of memory"
+        stopped = "because its kernel died, perhaps out of memory"
     except (NoSuchKernel, RuntimeError) as error:  # nothing was executed
         raise ProjectError(
             f"{name} could not start the Jupyter kernel python3 ({str(error)[:80]}); "
             "install ipykernel, or unset JUPYTER_PREFER_ENV_PATH."
         ) from None
-    raise ProjectError(f"{name} stopped {stopped}; what it had done is in {shown(target)}.")
+    raise ProjectError(f"{name} stopped {stopped}; what it had done is in {short(target)}.")
 
 
 def store_outputs(name: str, executed: NotebookNode) -> None:

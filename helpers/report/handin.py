@@ -18,7 +18,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from helpers import data, runs
-from helpers.project import ROOT, RUNS, command, shown
+from helpers.project import ROOT, RUNS, exit_with_message, short
 from helpers.report.execute import NOTEBOOKS, SEQUENCE, execute, submitted
 from helpers.report.pdf import make_pdf
 
@@ -50,8 +50,8 @@ def make_notebook(run: runs.Run) -> NotebookNode:
     cells = [
         new_markdown_cell(INTRODUCTION.format(**run.metrics | {"run": run.name})),
         new_markdown_cell(CODE),
-        new_code_cell("!mkdir -p " + " ".join(dict.fromkeys(shown(f.parent) for f in files))),
-        *(new_code_cell(f"%%writefile {shown(f)}\n{f.read_text('utf-8').rstrip()}") for f in files),
+        new_code_cell("!mkdir -p " + " ".join(dict.fromkeys(short(f.parent) for f in files))),
+        *(new_code_cell(f"%%writefile {short(f)}\n{f.read_text('utf-8').rstrip()}") for f in files),
         new_markdown_cell(PARAMETERS),
         new_code_cell(training[3].source),
         new_markdown_cell(CHANGED),
@@ -95,7 +95,7 @@ def write() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     argparse.ArgumentParser("python -m helpers.report.handin", None, __doc__).parse_args(arguments)
-    with command("the hand-in is as it was"):
+    with exit_with_message("the hand-in is as it was"):
         write()
         print("handin/report.ipynb and handin/report.pdf are ready.")
 

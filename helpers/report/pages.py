@@ -102,7 +102,7 @@ def explorer_content(run: runs.Run, images: data.ImageData) -> dict[str, Any]:
 
 
 def rounded(values: Tensor) -> list:
-    return (values.double() * 1000).round().div(1000).tolist()
+    return (values.double().nan_to_num() * 1000).round().div(1000).tolist()
 
 
 def picture(image: Tensor) -> str:
