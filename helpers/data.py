@@ -38,10 +38,6 @@ PATIENCE = 15  # seconds without a byte after which a download is tried again
 Augment = Callable[[Tensor, Tensor, int], Tensor]  # images, their numbers, epoch → images
 
 
-class DataError(ProjectError):
-    """The data cannot be used."""
-
-
 @dataclass(frozen=True)
 class ImageSet:
     """Images, uint8 N×3×32×32 in 0…255, and their labels, int64 N in 0…9."""
@@ -59,7 +55,7 @@ class ImageSet:
     def first(self, count: int) -> ImageSet:
         """The first `count` images; all of them for 0."""
         if count > len(self):
-            raise DataError(f"{count} images were requested, but only {len(self)} are available.")
+            raise ProjectError(f"{count} images were requested; only {len(self)} are available.")
         return self.subset(slice(count or None))
 
     def to(self, device: torch.device | str) -> ImageSet:
@@ -81,7 +77,7 @@ def load_data() -> ImageData:
 
     The root is, or holds at most two folders down, the folder of CIFAR-10's files or its archive;
     a relative path counts from the project's root. The stand-in takes its place, announced, only
-    if no root was set, `data/` does not hold it and there is no network. A `DataError` is raised
+    if no root was set, `data/` does not hold it and there is no network. A `ProjectError` is raised
     if a file is damaged, a root that was set cannot serve, or a download fails.
     """
     given = os.environ.get("CIFAR10_ROOT", "").strip()
@@ -90,8 +86,8 @@ def load_data() -> ImageData:
     try:
         root = ROOT / root.expanduser()
         sources = _find(root)
-        if given and not sources and any(root.glob("[!.]*")):
-            raise OSError("it holds other files")
+        if given and not sources and (not root.exists() or any(root.glob("[!.]*"))):
+            raise OSError("it holds other files" if root.exists() else "it does not exist")
         images = _read(*(sources or [_download(root, "$CIFAR10_ROOT" if given else "data/")]))
         sizes = f"{len(images.train):,} training and {len(images.test):,} test images"
         print(f"Data: CIFAR-10, {sizes}, checksums verified.")
@@ -106,14 +102,14 @@ def load_data() -> ImageData:
             return stand_in()
         named = f"CIFAR10_ROOT = {short(root)}" if given else "data/"
         remedy += ", or name an empty folder to download into"
-        raise DataError(f"{named} does not give CIFAR-10: {problem}; {remedy}.") from None
+        raise ProjectError(f"{named} does not give CIFAR-10: {problem}; {remedy}.") from None
 
 
 def split(labels: Tensor, validation: int = 5000, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Sorted indices of the kept and of `validation` held-out images; every class gives the same
     share of its images, to one image."""
     if not 0 < validation < len(labels):
-        raise DataError(f"validation = {validation}: hold out 1 to {len(labels) - 1} images.")
+        raise ProjectError(f"validation = {validation}: hold out 1 to {len(labels) - 1} images.")
     shuffled = torch.randperm(len(labels), generator=Generator().manual_seed(seed))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
     # Every (N / validation)-th image in the order of the classes.

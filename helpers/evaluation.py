@@ -88,14 +88,9 @@ def is_correct(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.argmax(dim=1) == labels.cpu()
 
 
-def count_correct(logits: Tensor, labels: Tensor) -> int:
-    """The number of images classified correctly."""
-    return int(is_correct(logits, labels).sum())
-
-
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """The share of images classified correctly; NaN of no images."""
-    return count_correct(logits, labels) / len(labels) if len(labels) else math.nan
+    return float(is_correct(logits, labels).double().mean())
 
 
 def interval(right: int, n: int) -> tuple[float, float]:
@@ -219,7 +214,7 @@ def robustness(network: nn.Module, images: ImageSet, precision: torch.dtype) -> 
         for step, strength in enumerate([math.nan, *strengths]):
             seen = corrupted(untouched, corruption, strength) if step else untouched
             logits = predict(network, ImageSet(seen, images.labels), precision=precision)
-            right = count_correct(logits, images.labels)
+            right = int(is_correct(logits, images.labels).sum())
             rows.append((corruption, step, strength, n, right / n, *interval(right, n)))
     columns = ["corruption", "step", "strength", "images", "accuracy", "low", "high"]
     return pd.DataFrame(rows, columns=columns)

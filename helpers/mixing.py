@@ -43,7 +43,8 @@ def unavailable() -> str:
         _extension()
         return ""
     except Exception as error:  # whatever it is, there is the reference
-        reason = getattr(error, "stderr", "") or str(error) or repr(error)
+        failed = isinstance(error, subprocess.CalledProcessError)
+        reason = error.stderr or "the compiler failed" if failed else str(error) or repr(error)
         return f"{SOURCE.name} cannot be used: {' '.join(reason.split())[:200].rstrip('.')}."
 
 
@@ -150,7 +151,7 @@ def _extension() -> Callable[..., int]:
     made_of = f"{SOURCE.read_bytes()}{COMPILE}{names}{torch.__version__}".encode()
     name = f"mixing-{sha256(made_of).hexdigest()[:12]}-"
     for path in BUILD.glob(f"{name}*.so"):
-        if path.stem == name + sha256(path.read_bytes()).hexdigest()[:12]:
+        if path.is_file() and path.stem == name + sha256(path.read_bytes()).hexdigest()[:12]:
             return ctypes.CDLL(str(path)).run
     BUILD.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILD) as folder:  # others find it whole, or not at all

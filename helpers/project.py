@@ -33,7 +33,8 @@ def short(path: Path) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The one to three known names most like a wrong one, and how many there are."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    few = known if len(known) < 6 else []
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or few
     if not close:
         return f"none of the {len(known)} known names is like it"
     return f"did you mean {' or '.join(close)}? ({len(known)} are known)"
@@ -70,8 +71,10 @@ def exit_with_message(kept: str) -> Iterator[None]:
         yield
     except ProjectError as error:
         sys.exit(str(error))
-    except OSError as error:  # a full disk, a folder that may not be written
-        where = short(Path(error.filename)) if error.filename else "A file"
-        sys.exit(f"{where} cannot be written or read: {error.strerror or error}.")
+    except (OSError, MemoryError) as error:
+        name = getattr(error, "filename", None)
+        what = getattr(error, "strerror", None) or str(error) or "out of memory"
+        where = f"{short(Path(name))}: " if name else ""
+        sys.exit(f"{where}{what}; make room, or use a copy of the project that you may write.")
     except KeyboardInterrupt:
         sys.exit(f"Stopped from the keyboard; {kept}.")

@@ -59,7 +59,7 @@ def read(name: str) -> Run:
     folder = project.RUNS / name
     if not name or not folder.is_dir():
         known = sorted(path.parent.name for path in project.RUNS.glob("*/config.json"))
-        raise RunError(f"There is no run {name!r} in notebooks/runs: {did_you_mean(name, known)}.")
+        raise RunError(f"There is no run {name!r:.60} here: {did_you_mean(name, known)}.")
     if not (folder / "metrics.json").is_file():
         raise RunError(f"Run {name} is not finished; notebook 03 with its parameters continues it.")
     config, metrics = read_json(folder / "config.json"), read_json(folder / "metrics.json")
@@ -220,7 +220,8 @@ class RunWriter:
                 f"Run {self.name} is being written by another process; wait for it to finish."
             ) from None
         except OSError as error:
-            raise RunError(f"{short(self.folder)} cannot be written: {error.strerror}.") from None
+            why = f"{short(self.folder)} cannot be written ({error.strerror})"
+            raise RunError(f"{why}; make room, or use a copy that you may write.") from None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -263,7 +264,7 @@ class RunWriter:
         try:
             write_file(path, content, keep)
         except (OSError, RuntimeError) as error:  # torch.save makes the one of the other
-            why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            why = getattr(error, "strerror", None) or "perhaps the disk is full"
             self.say(f"{short(path)} could not be written ({why}); the training goes on.")
             return False
         return True

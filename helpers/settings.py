@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 import yaml
+from IPython import get_ipython
 from IPython.core.inputtransformer2 import TransformerManager
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,7 +23,7 @@ from helpers.model import BlockNetwork
 from helpers.project import PRESETS, ProjectError, did_you_mean, short
 
 CHECK = "check_parameters("  # what is before it in a cell is read
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 Gate = Literal["linear", "softmax", "sigmoid", "constant", "uniform"]
 Images = Annotated[int, Field(ge=0, le=TRAINING_IMAGES)]
 Size = Annotated[int, Field(ge=8, lt=IMAGE_SIZE)]
@@ -128,7 +129,7 @@ def first_fault(error: ValidationError) -> str:
     name, *inside = fault["loc"]
     value, hint = fault["input"], ""
     if fault["type"] == "extra_forbidden" and not inside:
-        return f"Parameter {name} is not known: {did_you_mean(name, Settings.model_fields)}."
+        return f"Parameter {name:.60} is not known: {did_you_mean(name, Settings.model_fields)}."
     if fault["type"] == "string_type":
         hint = f" (papermill: -r {name} {value})"
     elif isinstance(value, str):  # what papermill's -p makes of other than numbers
@@ -140,6 +141,8 @@ def first_fault(error: ValidationError) -> str:
             hint = f" (in YAML with a point: {float(value):.1e})"
     where = "".join(f"[{part!r}]" for part in inside)
     what = fault["msg"].replace("Input should", "it should")
+    if fault["type"] == "string_pattern_mismatch":
+        what = "it should be of letters, digits, '.', '_' and '-', at most 100"
     return f"Parameter {name}{where} = {value!r:.60}: {what}{hint}."
 
 
@@ -153,7 +156,9 @@ def check_parameters(
     the last check. After a check that succeeded the story's own cells are run: from then on only
     cells that assign a parameter count. A notebook that `takes` but a few refuses the others.
     """
-    known, cells = Settings.model_fields.keys(), namespace.get("In", [])
+    known, cells, shell = Settings.model_fields.keys(), namespace.get("In", []), get_ipython()
+    if shell is not None and namespace is shell.user_ns:
+        cells = shell.history_manager.input_hist_raw  # with magics as they were written
     begin, end, succeeded = namespace.get("_checked", (0, 0, False))
     last = max((k for k, cell in enumerate(cells) if CHECK not in cell), default=0)
     begin = end if last >= end else begin
@@ -176,7 +181,7 @@ def check_parameters(
 def assigned(cell: str, is_last: bool = True) -> set[str]:
     """The names that a cell assigns, in whatever form, before any check. One that is no Python
     assigned nothing, and is refused only if it is the last one."""
-    body = re.sub(r"\A(\s*%%.*\n?)+", "", cell)
+    body = re.sub(r"\A(\s*%%.*\n?)+", "", re.sub(r"(?m)^\s*%(time|timeit|prun)\s", "", cell))
     try:
         statements = ast.parse(TransformerManager().transform_cell(body)).body
         before = takewhile(lambda text: CHECK not in text, map(ast.unparse, statements))
@@ -194,7 +199,7 @@ def read_preset(name: str) -> dict[str, Any]:
     """The parameters that a preset gives: those in which it differs from the defaults."""
     path, known = PRESETS / f"{name}.yaml", [path.stem for path in PRESETS.glob("*.yaml")]
     if name not in known:
-        raise ParameterError(f"There is no preset {name!r}: {did_you_mean(name, known)}.")
+        raise ParameterError(f"There is no preset {name!r:.60}: {did_you_mean(name, known)}.")
     try:
         text = path.read_text(encoding="utf-8")
         parameters = yaml.safe_load(text)

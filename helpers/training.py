@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
-from helpers import data, evaluation
+from helpers import data, evaluation, mixing
 from helpers.augment import Augmentation, resize
 from helpers.data import ImageData, ImageSet
 from helpers.model import BlockNetwork
@@ -31,10 +31,6 @@ MEASURED = 2_000  # clean training images whose accuracy is measured after an ep
 RECALIBRATED = 10_000  # images for batch-norm recalibration
 
 
-class TrainingError(ProjectError):
-    """A training that cannot go on; the message says where it stopped and what to try."""
-
-
 def train(
     images: ImageData, settings: Settings, say: Callable[[str], None] = print
 ) -> tuple[BlockNetwork, Run]:
@@ -42,7 +38,7 @@ def train(
 
     A run that was stopped goes on from its last checkpoint, half a minute old at most, and ends
     with the same bits (on the same CPU with as many threads). One that is finished is only read.
-    Raises a TrainingError for a loss or weights that are not finite.
+    Raises a ProjectError for a loss or weights that are not finite.
     """
     device = pick_device(settings.device)
     parts = data.parts(images, settings.validation, settings.train_images, settings.test_images)
@@ -53,6 +49,8 @@ def train(
             for row in run.history.to_dict("records"):
                 say(epoch_line(row, settings))
             return load_network(run).to(device), run
+        if device.type == "cpu" and mixing.unavailable():
+            say(mixing.unavailable())
         state = TrainState(training, settings, device)
         if (checkpoint := record.checkpoint()) is not None:
             state.load(checkpoint)
@@ -188,7 +186,7 @@ class TrainState:
             show_progress(f"epoch {self.epoch}: batch {len(self.rows)} of {len(loader)}")
 
     def log_batch(self, index: Tensor, losses: Tensor, hits: Tensor) -> None:
-        """Note a batch's losses and hits. Raises a TrainingError for a loss that is not finite."""
+        """Note a batch's losses and hits. Raises a ProjectError for a loss that is not finite."""
         losses, hits, weights = losses.cpu(), hits.cpu(), self.importance[index]
         loss, weight = float(weights @ losses / weights.sum()), float(weights.sum())
         self.rows.append(
@@ -225,9 +223,9 @@ class TrainState:
         }  # fmt: skip
 
     def check_finite(self, what: str, values: Iterable[Tensor]) -> None:
-        """Raise a TrainingError unless all values are finite."""
+        """Raise a ProjectError unless all values are finite."""
         if not all(value.isfinite().all() for value in values):
-            raise TrainingError(
+            raise ProjectError(
                 f"{what} not finite in epoch {self.epoch}, batch {len(self.rows)}; try a lower "
                 "learning_rate, adam_learning_rate or gate_learning_rate, under another name."
             )

@@ -12,6 +12,7 @@ never disturbed. The result is written to `notebooks/benchmarks/soak.json`.
 
 from __future__ import annotations
 
+import argparse
 import random
 import subprocess
 import sys
@@ -102,7 +103,9 @@ def same(ours: Path, theirs: Path) -> dict[str, bool]:
 
 
 def main() -> None:
-    kills = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kills", type=int, nargs="?", default=100)
+    kills = parser.parse_args().kills
     with tempfile.TemporaryDirectory() as work:
         disturbed, undisturbed = Path(work) / "disturbed", Path(work) / "undisturbed"
         halves = survive(disturbed, kills, random.Random(0))

@@ -24,7 +24,8 @@ from torchvision.datasets import CIFAR10
 
 from helpers import data
 from helpers.augment import Augmentation
-from helpers.data import DataError, ImageData
+from helpers.data import ImageData
+from helpers.project import ProjectError
 from helpers.settings import Settings
 
 FOLDER, ARCHIVE = CIFAR10.base_folder, CIFAR10.filename
@@ -103,7 +104,7 @@ def test_a_damaged_file_is_named(
     file.write_bytes(damage(whole))
     assert data.load_data().name == "cifar10"  # from the archive, or the folder, beside it
     (home / "source" / other).rename(home / "elsewhere")
-    with pytest.raises(DataError, match=f"{name} .* its checksum; put {FOLDER}/ or {ARCHIVE}"):
+    with pytest.raises(ProjectError, match=f"{name} .* its checksum; put {FOLDER}/ or {ARCHIVE}"):
         data.load_data()
 
 
@@ -120,7 +121,7 @@ def test_a_root_that_was_set_and_cannot_serve_is_an_error(
         (root / "thesis.tex").touch()
         monkeypatch.setattr(data, "_download", lambda *_: pytest.fail("into a wrong place"))
     monkeypatch.setenv("CIFAR10_ROOT", kind if kind[0] == "~" else str(root))
-    with pytest.raises(DataError, match=rf"CIFAR10_ROOT = \S*{kind} does not .* put {FOLDER}/"):
+    with pytest.raises(ProjectError, match=rf"CIFAR10_ROOT = \S*{kind} does not .* put {FOLDER}/"):
         data.load_data()
 
 
@@ -185,7 +186,7 @@ def test_a_download_that_fails_is_an_error_and_leaves_nothing(
     home: Path, server: SimpleNamespace, fault: str
 ) -> None:
     server.faults += [fault] * 5
-    with pytest.raises(DataError, match="data/ does not give CIFAR-10: "):
+    with pytest.raises(ProjectError, match="data/ does not give CIFAR-10: "):
         data.load_data()
     assert not [p for p in (home / "project" / "data").iterdir() if p.name[0] != "."]
     assert data.load_data().name == "cifar10" and server.asked == 6
@@ -237,7 +238,7 @@ def test_the_split_is_stratified_and_depends_on_its_seed_only() -> None:
     torch.manual_seed(9)
     assert torch.equal(data.split(labels, 30, seed=4)[1], held_out)
     assert not torch.equal(data.split(labels, 30, seed=5)[1], held_out)
-    with pytest.raises(DataError, match="validation = 200: hold out 1 to 199"):
+    with pytest.raises(ProjectError, match="validation = 200: hold out 1 to 199"):
         data.split(labels, 200)
 
 
@@ -247,7 +248,7 @@ def test_the_parts_of_a_run(small: ImageData) -> None:
     assert torch.equal(training.images, small.train.images[kept[:300]])
     assert torch.equal(validation.labels, small.train.labels[held_out]) and len(test) == 7
     assert [part and len(part) for part in data.parts(small)] == [2000, None, 500]
-    with pytest.raises(DataError, match="1801 images were requested, but only 1800 are available"):
+    with pytest.raises(ProjectError, match="1801 images were requested; only 1800 are available"):
         data.parts(small, 200, train_images=1801)
 
 

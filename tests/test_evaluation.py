@@ -75,10 +75,8 @@ def test_six_views_of_the_least_certain_quarter(image_set: ImageSet) -> None:
 
 def test_accuracy_and_interval_by_hand() -> None:
     logits, labels = logits_of([3, 1, 2], [0.9, 0.5, 0.7]), torch.tensor([3, 1, 0])
-    assert (
-        evaluation.count_correct(logits, labels) == 2
-        and evaluation.accuracy(logits, labels) == 2 / 3
-    )
+    assert evaluation.is_correct(logits, labels).tolist() == [True, True, False]
+    assert evaluation.accuracy(logits, labels) == 2 / 3
     z2 = 1.959964**2  # Wilson's interval is around (k + z²/2) / (n + z²)
     centre, half = (4 + z2 / 2) / (10 + z2), math.sqrt(z2 * (4 * 6 / 10 + z2 / 4)) / (10 + z2)
     assert evaluation.interval(4, 10) == pytest.approx((centre - half, centre + half), abs=1e-6)

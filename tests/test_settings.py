@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import hypothesis
@@ -176,3 +178,18 @@ def test_a_gpu_that_does_not_work_is_replaced_in_a_line(
     assert "cuda" in capsys.readouterr().out
     with pytest.raises(ParameterError, match="cuda"):
         settings.pick_device("cuda")
+
+
+@pytest.mark.parametrize("cell", ["%%time\nepoch = 6", "%time epoch = 6", "%%capture\nepoch = 6"])
+def test_in_a_kernel_magics_are_read_as_they_were_written(cell: str) -> None:
+    code = f"""
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+for cell in ("from helpers.settings import *", {cell!r}, "check_parameters(globals())"):
+    done = shell.run_cell(cell, store_history=True)
+print(done.error_in_exec)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=project.ROOT, capture_output=True, text=True
+    )
+    assert "Parameter epoch is not known" in done.stdout, done.stderr

@@ -18,9 +18,10 @@ from torch import Tensor
 from helpers import data, project, runs, training
 from helpers.data import ImageData
 from helpers.optimizers import Muon, make_optimizers, orthogonal, set_learning_rate
+from helpers.project import ProjectError
 from helpers.runs import RunError
 from helpers.settings import Settings
-from helpers.training import TrainingError, infobatch_weights, train
+from helpers.training import infobatch_weights, train
 
 ROWS = [
     {"channels": 8, "kernels": [3, 1], "pool": True},
@@ -167,7 +168,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_a_sentence(
 ) -> None:
     nan = torch.full((32,), torch.nan)
     monkeypatch.setattr(training, "train_step", lambda *_: (nan, nan > 0))
-    with pytest.raises(TrainingError, match="epoch 1, batch 1"):
+    with pytest.raises(ProjectError, match="epoch 1, batch 1"):
         train(images, SETTINGS, silent)
 
 
