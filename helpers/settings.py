@@ -207,10 +207,9 @@ def read_preset(name: str) -> dict[str, Any]:
     except ParameterError as error:
         raise ParameterError(f"{short(path)}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError, TypeError):
-        raise ParameterError(
-            f"{short(path)} is not valid YAML, with lines like epochs: 6."
-        ) from None
-    if octal := re.search(r"^[^#\n]*[ ,\[]0\d.*$", text, re.MULTILINE):  # YAML reads 012 as 10
+        raise ParameterError(f"{short(path)} is not valid YAML (epochs: 6).") from None
+    # YAML reads 012 as 10 and 0x10 as 16.
+    if octal := re.search(r"^[^#\n]*[ ,\[]0[\dxo].*$", text, re.MULTILINE):
         raise ParameterError(f"{short(path)}: write {octal[0]!r:.40} without a leading zero.")
     if parameters.get("preset") != name:
         raise ParameterError(f"{short(path)} must say preset: {name}.")

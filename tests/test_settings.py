@@ -142,7 +142,9 @@ def test_presets_are_what_they_say_and_small_is_the_default() -> None:
     assert Settings(**settings.read_preset("small")) == Settings()
 
 
-@pytest.mark.parametrize("text", ["epochs: [", "- 1", "epochs: 0", "preset: other", "seed: 012"])
+@pytest.mark.parametrize(
+    "text", ["epochs: [", "- 1", "epochs: 0", "preset: other", "seed: 0x10", "seed: 012"]
+)
 def test_a_damaged_preset_is_refused(text: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "PRESETS", tmp_path)
     (tmp_path / "mine.yaml").write_text(f"preset: mine\n{text}\n", encoding="utf-8")
