@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 from torchvision.transforms.v2 import TrivialAugmentWide
 
@@ -64,14 +63,6 @@ def trivial_augment(images: Tensor, which: Tensor, generator: Generator) -> Tens
         for some in chosen.split(8):
             images[some] = alter(images[some])
     return images
-
-
-def resize(images: Tensor, size: int) -> Tensor:
-    """b×c×h×w images of floats as b×c×size×size: each pixel the mean of those that it covers
-    (progressive resizing: J. Howard, fast.ai, in the DAWNBench competition of 2018)."""
-    if images.shape[2:] == (size, size):
-        return images
-    return F.interpolate(images, size=(size, size), mode="area")
 
 
 class Augmentation:

@@ -18,6 +18,7 @@ from urllib.error import URLError
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from filelock import FileLock
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -119,21 +120,18 @@ def split(labels: Tensor, validation: int = 5000, seed: int = 0) -> tuple[Tensor
     return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
 
 
-def parts(
-    images: ImageData, validation: int = 0, train_images: int = 0, test_images: int = 0
-) -> tuple[ImageSet, ImageSet | None, ImageSet]:
-    """Training, validation (None for 0) and test images of a run: `split`, then the first
-    `train_images` and `test_images` (all for 0)."""
-    training, held_out = images.train, None
-    if validation:
-        training, held_out = map(training.subset, split(training.labels, validation))
-    return training.first(train_images), held_out, images.test.first(test_images)
-
-
 def normalise(images: Tensor) -> Tensor:
     """uint8 b×3×h×w in 0…255 → float32 of about zero mean and unit variance, channels last."""
     mean, std = torch.tensor([MEAN, STD]).view(2, 1, 3, 1, 1).to(images.device, non_blocking=True)
     return (images / (255 * std) - mean / std).contiguous(memory_format=torch.channels_last)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """b×c×h×w images of floats as b×c×size×size: each pixel the mean of those that it covers
+    (progressive resizing: J. Howard, fast.ai, in the DAWNBench competition of 2018)."""
+    if images.shape[2:] == (size, size):
+        return images
+    return F.interpolate(images, size=(size, size), mode="area")
 
 
 @dataclass(eq=False)
@@ -144,6 +142,7 @@ class Batches(IterableDataset):
     images: ImageSet
     order: Callable[[], Tensor]  # gives the numbers of the images, for each pass anew
     count: int
+    size: int  # height and width to which the images are resized
     augment: Augment | None = None
     epoch: int = 0
 
@@ -154,7 +153,7 @@ class Batches(IterableDataset):
         for index in self.order().tensor_split(self.count):
             batch = self.images.subset(index.to(self.images.labels.device, non_blocking=True))
             x = self.augment(batch.images, index, self.epoch) if self.augment else batch.images
-            yield normalise(x), batch.labels, index
+            yield resize(normalise(x), self.size), batch.labels, index
 
 
 def training_loader(
@@ -164,23 +163,26 @@ def training_loader(
     generator: Generator,
     epoch: int = 0,
     numbers: Tensor | None = None,
+    size: int = IMAGE_SIZE,
 ) -> DataLoader:
-    """Shuffled, augmented batches of one epoch, counted from 0: x, float32 b×3×32×32, the labels
-    and the images' numbers in the set, of those in `numbers` (default: all)."""
+    """Shuffled, augmented batches of one epoch, counted from 0: x, float32 b×3×size×size, the
+    labels and the images' numbers in the set, of those in `numbers` (default: all)."""
     numbers = torch.arange(len(images)) if numbers is None else numbers
     count = math.ceil(len(numbers) / batch_size)
 
     def order() -> Tensor:
         return numbers[torch.randperm(len(numbers), generator=generator)]
 
-    batches = Batches(images, order, count, augment, epoch)
+    batches = Batches(images, order, count, size, augment, epoch)
     return DataLoader(batches, batch_size=None, generator=generator)
 
 
-def evaluation_loader(images: ImageSet, batch_size: int = 500) -> DataLoader:
+def evaluation_loader(
+    images: ImageSet, batch_size: int = 500, size: int = IMAGE_SIZE
+) -> DataLoader:
     """Clean batches in the images' own order, as `training_loader` gives them."""
     count = math.ceil(len(images) / batch_size)
-    batches = Batches(images, lambda: torch.arange(len(images)), count)
+    batches = Batches(images, lambda: torch.arange(len(images)), count, size)
     # A DataLoader without a generator of its own draws from the global one.
     return DataLoader(batches, batch_size=None, generator=Generator())
 

@@ -17,15 +17,10 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
-from sklearn.linear_model import LinearRegression, LogisticRegression
-from sklearn.metrics import confusion_matrix, r2_score
-from sklearn.model_selection import KFold, cross_val_predict, cross_val_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
-from helpers.augment import resize, shift
+from helpers.augment import shift
 from helpers.data import IMAGE_SIZE, ImageSet, evaluation_loader
 from helpers.model import BlockNetwork
 
@@ -42,8 +37,8 @@ def predict(
     """Logits, float32 N×classes on the CPU, of images resized to size×size pixels. bfloat16 and
     float16, where the device has them, are quicker and change a few predictions."""
     with evaluating(network, precision) as device:
-        batches = (resize(x.to(device), size) for x, *_ in evaluation_loader(images, BATCH))
-        return torch.cat([network(x).float() for x in batches]).cpu()
+        loader = evaluation_loader(images, BATCH, size)
+        return torch.cat([network(x.to(device)).float() for x, *_ in loader]).cpu()
 
 
 def six_views(
@@ -110,7 +105,9 @@ def paired_difference(first: Tensor, second: Tensor) -> tuple[float, float, floa
 
 def confusion(logits: Tensor, labels: Tensor) -> np.ndarray:
     """Counts of images, classes×classes: a row for each true class, a column for each predicted."""
-    return confusion_matrix(labels.cpu(), logits.argmax(dim=1), labels=range(logits.shape[1]))
+    classes = logits.shape[1]
+    pairs = labels.cpu() * classes + logits.argmax(dim=1)
+    return pairs.bincount(minlength=classes**2).view(classes, classes).numpy()
 
 
 def confused_pairs(counts: np.ndarray, names: Sequence[str]) -> pd.DataFrame:
@@ -235,20 +232,29 @@ def class_means(a: Tensor, labels: Tensor) -> Tensor:
 
 def class_from_gates(a: Tensor, labels: Tensor) -> float:
     """Accuracy of a logistic regression that sees nothing but a, N×L, by cross-validation."""
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    folds = KFold(5, shuffle=True, random_state=0)
-    return float(cross_val_score(model, a.numpy(), labels.cpu().numpy(), cv=folds).mean())
+    from sklearn import linear_model, model_selection, pipeline, preprocessing  # takes a second
+
+    model = linear_model.LogisticRegression(max_iter=1000)
+    scaled = pipeline.make_pipeline(preprocessing.StandardScaler(), model)
+    folds = model_selection.KFold(5, shuffle=True, random_state=0)
+    scores = model_selection.cross_val_score(scaled, a.numpy(), labels.cpu().numpy(), cv=folds)
+    return float(scores.mean())
 
 
 def explained_by_colour(a: Tensor, images: Tensor) -> float:
     """The share of the variance of a, N×L, that a linear regression on the mean and standard
     deviation of red, green and blue explains, by cross-validation; NaN for a constant a."""
+    from sklearn import linear_model, metrics, model_selection
+
     if float(a.std(dim=0).max()) < 1e-6:
         return math.nan
     colour = torch.cat(torch.std_mean(images.cpu().flatten(2).float(), dim=2), dim=1).numpy()
-    folds = KFold(5, shuffle=True, random_state=0)
-    predicted = cross_val_predict(LinearRegression(), colour, a.numpy(), cv=folds)
-    return float(r2_score(a.numpy(), predicted, multioutput="variance_weighted"))
+    folds, model = (
+        model_selection.KFold(5, shuffle=True, random_state=0),
+        linear_model.LinearRegression(),
+    )
+    predicted = model_selection.cross_val_predict(model, colour, a.numpy(), cv=folds)
+    return float(metrics.r2_score(a.numpy(), predicted, multioutput="variance_weighted"))
 
 
 def with_replaced_gates(

@@ -1,4 +1,4 @@
-"""Muon for the branches' kernels, Adam for the rest, and their learning rates."""
+"""Muon for the branches' kernels, Adam for the rest."""
 
 from __future__ import annotations
 
@@ -39,14 +39,16 @@ class Muon(Optimizer):
 
 def orthogonal(x: Tensor) -> Tensor:
     """A matrix with its singular values brought near 1, by three Newton–Schulz iterations with
-    Muon's coefficients."""
+    Muon's coefficients: polynomials of x·xᵀ, a small matrix, whose product x is multiplied by."""
     if x.shape[0] > x.shape[1]:
         return orthogonal(x.mT).mT
     x = x / (x.norm() + 1e-7)
+    gram, product = x @ x.mT, torch.eye(len(x)).to(x)
     for _ in range(3):
-        gram = x @ x.mT
-        x = 3.4445 * x + torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x
-    return x
+        step = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        step.diagonal().add_(3.4445)
+        product, gram = step @ product, step @ gram @ step
+    return product @ x
 
 
 def make_optimizers(network: BlockNetwork, settings: Settings) -> list[Optimizer]:
@@ -63,9 +65,3 @@ def make_optimizers(network: BlockNetwork, settings: Settings) -> list[Optimizer
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["initial_lr"] = group["lr"]
     return optimizers
-
-
-def set_learning_rate(optimizers: list[Optimizer], share: float) -> None:
-    """Linear decay: every rate is its first one times the share of the steps that are left."""
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = group["initial_lr"] * share

@@ -81,7 +81,7 @@ def run_one(variant: str, seed: int, settings: Settings) -> dict[str, Any]:
     if images.name != "cifar10":
         raise ProjectError("The study needs CIFAR-10; the stand-in says nothing about a.")
     network, run = training.train(images, settings)
-    _, validation, _ = data.parts(images, settings.validation)
+    _, validation, _ = training.parts(images, settings)
     a, accuracies = evaluation.gates(network, validation), {}
     for what in ("shuffled", "mean"):
         changed = evaluation.with_replaced_gates(network, a, what)

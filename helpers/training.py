@@ -18,10 +18,10 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
 from helpers import data, evaluation, mixing
-from helpers.augment import Augmentation, resize
+from helpers.augment import Augmentation
 from helpers.data import ImageData, ImageSet
 from helpers.model import BlockNetwork
-from helpers.optimizers import make_optimizers, set_learning_rate
+from helpers.optimizers import make_optimizers
 from helpers.project import ProjectError
 from helpers.runs import Run, RunWriter, load_network, surroundings
 from helpers.settings import Settings, pick_device, pick_precision
@@ -41,8 +41,7 @@ def train(
     Raises a ProjectError for a loss or weights that are not finite.
     """
     device = pick_device(settings.device)
-    parts = data.parts(images, settings.validation, settings.train_images, settings.test_images)
-    training, validation, test = (part and part.to(device) for part in parts)
+    training, validation, test = (part and part.to(device) for part in parts(images, settings))
     with RunWriter(settings, images.name, say) as record:
         if (run := record.finished()) is not None:
             say(f"Run {run.name} is finished; this is its record.")
@@ -72,6 +71,15 @@ def train(
             record.save(state.checkpoint())
         network = state.network.eval()
         return network, record.finish(network, final_metrics(state, record))
+
+
+def parts(images: ImageData, settings: Settings) -> tuple[ImageSet, ImageSet | None, ImageSet]:
+    """The training, validation (None if there are none) and test images of a run."""
+    training, held_out = images.train, None
+    if settings.validation:
+        kept, chosen = data.split(training.labels, settings.validation)
+        training, held_out = training.subset(kept), training.subset(chosen)
+    return training.first(settings.train_images), held_out, images.test.first(settings.test_images)
 
 
 def train_step(
@@ -174,15 +182,16 @@ class TrainState:
         loader = data.training_loader(
             self.training, self.settings.batch_size, self.augmentation, self.generator,
             self.epoch - 1, self.importance.nonzero().flatten(),
+            self.settings.image_size(self.epoch),
         )  # fmt: skip
         self.network.train()
         self.last_save = time.perf_counter()
         self.epoch_start = self.last_save - self.seconds
-        size, done = self.settings.image_size(self.epoch), len(self.rows)
-        for x, labels, index in itertools.islice(loader, done, None):
-            share = 1 - (self.epoch - 1 + len(self.rows) / len(loader)) / self.settings.epochs
-            set_learning_rate(self.optimizers, share)
-            yield resize(x, size), labels, index
+        for batch in itertools.islice(loader, len(self.rows), None):
+            left = 1 - (self.epoch - 1 + len(self.rows) / len(loader)) / self.settings.epochs
+            for group in (group for one in self.optimizers for group in one.param_groups):
+                group["lr"] = group["initial_lr"] * left  # linear decay
+            yield batch
             show_progress(f"epoch {self.epoch}: batch {len(self.rows)} of {len(loader)}")
 
     def log_batch(self, index: Tensor, losses: Tensor, hits: Tensor) -> None:

@@ -242,14 +242,11 @@ def test_the_split_is_stratified_and_depends_on_its_seed_only() -> None:
         data.split(labels, 200)
 
 
-def test_the_parts_of_a_run(small: ImageData) -> None:
-    training, validation, test = data.parts(small, 200, train_images=300, test_images=7)
-    kept, held_out = data.split(small.train.labels, 200)
-    assert torch.equal(training.images, small.train.images[kept[:300]])
-    assert torch.equal(validation.labels, small.train.labels[held_out]) and len(test) == 7
-    assert [part and len(part) for part in data.parts(small)] == [2000, None, 500]
-    with pytest.raises(ProjectError, match="1801 images were requested; only 1800 are available"):
-        data.parts(small, 200, train_images=1801)
+def test_images_are_resized_to_the_mean_of_what_a_pixel_covers() -> None:
+    x = torch.randn(2, 3, 32, 32, generator=seeded())
+    covered = x.view(2, 3, 16, 2, 16, 2).mean(dim=(3, 5))
+    torch.testing.assert_close(data.resize(x, 16), covered)
+    assert data.resize(x, 24).shape == (2, 3, 24, 24) and data.resize(x, 32) is x
 
 
 def test_the_training_loader_gives_every_image_once_in_even_batches(small: ImageData) -> None:

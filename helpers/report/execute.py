@@ -48,6 +48,7 @@ def execute(
             coalesce_streams=True,
             stdout_file=sys.stdout if name == TRAINING else None,
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # not about ports
+            shutdown_kernel="immediate",  # two seconds a notebook
         )
     except PapermillExecutionError as error:
         said = textwrap.shorten(f"{error.ename}: {error.evalue}".rstrip("."), 180, placeholder=" …")

@@ -82,7 +82,7 @@ def explorer_content(run: runs.Run, images: data.ImageData) -> dict[str, Any]:
     """What the explorer shows: images, half of them drawn among the network's mistakes, and what
     it says of each. Numbers are rounded to a thousandth."""
     network = runs.load_network(run)
-    test = data.parts(images, test_images=run.settings.test_images)[2]
+    test = images.test.first(run.settings.test_images)
     logits, a = evaluation.predict(network, test), evaluation.gates(network, test)
     right = evaluation.is_correct(logits, test.labels)
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
