@@ -131,15 +131,16 @@ def first_fault(error: ValidationError) -> str:
     if fault["type"] == "extra_forbidden" and not inside:
         return f"Parameter {name:.60} is not known: {did_you_mean(name, Settings.model_fields)}."
     if fault["type"] == "string_type":
-        hint = f" (papermill: -r {name} {value})"
+        hint = f" (papermill: -r {name} {value!s:.30})"
     elif isinstance(value, str):  # what papermill's -p makes of other than numbers
-        if value.lower() in ("true", "false"):
-            hint = f" (papermill: -p {name} {value.title()})"
-        elif value.startswith(("[", "{", "(")):
-            hint = f" (papermill: -y '{{{name}: {value}}}')"
+        meant = value.lower().translate(str.maketrans("()", "[]"))
+        if meant in ("true", "yes", "on", "false", "no", "off"):
+            hint = f" (papermill: -p {name} {meant in ('true', 'yes', 'on')})"
+        elif meant.startswith(("[", "{")):
+            hint = f" (papermill: -y '{{{name}: {meant:.40}}}')"
         elif re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value):
             hint = f" (in YAML with a point: {float(value):.1e})"
-    where = "".join(f"[{part!r}]" for part in inside)
+    where = "".join(f"[{part!r:.40}]" for part in inside)
     what = fault["msg"].replace("Input should", "it should")
     if fault["type"] == "string_pattern_mismatch":
         what = "it should be of letters, digits, '.', '_' and '-', at most 100"
@@ -208,9 +209,11 @@ def read_preset(name: str) -> dict[str, Any]:
         raise ParameterError(f"{short(path)}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError, TypeError):
         raise ParameterError(f"{short(path)} is not valid YAML (epochs: 6).") from None
-    # YAML reads 012 as 10 and 0x10 as 16.
-    if octal := re.search(r"^[^#\n]*[ ,\[]0[\dxo].*$", text, re.MULTILINE):
-        raise ParameterError(f"{short(path)}: write {octal[0]!r:.40} without a leading zero.")
+    # YAML reads 012 as 10, 0x10 as 16 and 1:30 as 90, and of two lines with one name the last.
+    if odd := re.search(r"^[^#\n]*[ ,\[](0[\dxob]|\d+[:_]\d).*$", text, re.MULTILINE):
+        raise ParameterError(f"{short(path)}: write {odd[0]!r:.40} in plain decimal digits.")
+    if len(re.findall(r"^\w+:", text, re.MULTILINE)) > len(parameters):
+        raise ParameterError(f"{short(path)} gives a parameter twice; keep one of its lines.")
     if parameters.get("preset") != name:
         raise ParameterError(f"{short(path)} must say preset: {name}.")
     return parameters

@@ -181,6 +181,17 @@ def test_a_slow_network_is_tried_again(
     assert [p.name for p in (home / "project" / "data").iterdir() if p.name[0] != "."] == [ARCHIVE]
 
 
+def test_a_connection_that_times_out_is_tried_again(
+    home: Path, server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*arguments: object, **options: object) -> object:
+        monkeypatch.setattr(urllib.request, "urlopen", URLOPEN)  # the next time it is there
+        raise urllib.error.URLError(TimeoutError("timed out"))
+
+    monkeypatch.setattr(urllib.request, "urlopen", slow)
+    assert data.load_data().name == "cifar10" and server.asked == 1
+
+
 @pytest.mark.parametrize("fault", ["busy", "cut", "login page"])
 def test_a_download_that_fails_is_an_error_and_leaves_nothing(
     home: Path, server: SimpleNamespace, fault: str
@@ -257,7 +268,7 @@ def test_the_training_loader_gives_every_image_once_in_even_batches(small: Image
     numbers, generator = torch.arange(5, 1006), seeded()
     loader = data.training_loader(small.train, 300, record, generator, 3, numbers)
     batches = list(loader)
-    assert [len(y) for _, y, _ in batches] == [251, 250, 250, 250] and len(loader) == 4
+    assert [len(y) for _, y, _ in batches] == [334, 334, 333] and len(loader) == 3
     x, y, index = map(torch.cat, zip(*batches))
     assert torch.equal(index.sort().values, numbers) and not torch.equal(index, numbers)
     assert torch.equal(x, data.normalise(small.train.images[index]))

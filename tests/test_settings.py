@@ -33,7 +33,10 @@ ROW = {"channels": 8, "kernels": [3, 1]}
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"learning_rate": float("inf")}, "learning_rate"),
         ({"flip": "false"}, "-p flip False"),
+        ({"flip": "no"}, "-p flip False"),
         ({"first_sizes": "[8, 16]"}, "-y '{first_sizes: [8, 16]}'"),
+        ({"first_sizes": "(16,)"}, "-y '{first_sizes: [16,]}'"),
+        ({"blocks": [{**ROW, 600 * "k": 1}]}, "kkk"),
         ({"run": 2026}, "-r run 2026"),
         ({"run": "a/b"}, "run"),
         ({"preset": ""}, "preset"),
@@ -143,7 +146,17 @@ def test_presets_are_what_they_say_and_small_is_the_default() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["epochs: [", "- 1", "epochs: 0", "preset: other", "seed: 0x10", "seed: 012"]
+    "text",
+    [
+        "epochs: [",
+        "- 1",
+        "epochs: 0",
+        "preset: other",
+        "seed: 0x10",
+        "seed: 012",
+        "seed: 1:30",
+        "seed: 1\nseed: 2",
+    ],
 )
 def test_a_damaged_preset_is_refused(text: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "PRESETS", tmp_path)

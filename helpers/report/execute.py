@@ -60,6 +60,9 @@ def execute(
             f"{name} could not start the Jupyter kernel python3 ({str(error)[:80]}); "
             "install ipykernel, or unset JUPYTER_PREFER_ENV_PATH."
         ) from None
+    except OSError as error:  # papermill names no file
+        error.filename = error.filename or str(target)
+        raise
     raise ProjectError(f"{name} stopped {stopped}; what it had done is in {short(target)}.")
 
 
