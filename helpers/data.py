@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import pickle
+import ssl
 import tarfile
 import time
 import urllib.request
@@ -55,8 +56,6 @@ class ImageSet:
 
     def first(self, count: int) -> ImageSet:
         """The first `count` images; all of them for 0."""
-        if count > len(self):
-            raise ProjectError(f"{count} images were requested; only {len(self)} are available.")
         return self.subset(slice(count or None))
 
     def to(self, device: torch.device | str) -> ImageSet:
@@ -131,15 +130,14 @@ def resize(images: Tensor, size: int) -> Tensor:
     (progressive resizing: J. Howard, fast.ai, in the DAWNBench competition of 2018)."""
     if images.shape[2:] == (size, size):
         return images
-    # As matrices: interpolate(mode="area") takes twice as long, and Apple's GPUs refuse 24 of 32.
+    # With matrices, as Apple's GPUs cannot interpolate 32 pixels to 24 by area.
     covered = F.adaptive_avg_pool1d(torch.eye(images.shape[2]), size).T.to(images)  # size×h
     return (covered @ images @ covered.T).contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(eq=False)
 class Batches(IterableDataset):
-    """Batches whose sizes differ by at most one image, as a short last one would weigh as much as a
-    full one. Each is one indexing operation; copies to a GPU do not block."""
+    """Batches whose sizes differ by at most one image: none weighs more than another."""
 
     images: ImageSet
     order: Callable[[], Tensor]  # gives the numbers of the images, for each pass anew
@@ -168,8 +166,8 @@ def training_loader(
     size: int = IMAGE_SIZE,
 ) -> DataLoader:
     """Shuffled, augmented batches of one epoch, counted from 0: x, float32 b×3×size×size, the
-    labels and the images' numbers in the set, of those in `numbers` (default: all). No batch is
-    smaller than `batch_size`: of one image, batch normalisation could take no variance."""
+    labels and the images' numbers in the set, of those in `numbers` (default: all). The batches are
+    no smaller than `batch_size`: of one image there is no variance to normalise by."""
     numbers = torch.arange(len(images)) if numbers is None else numbers
     count = max(len(numbers) // batch_size, 1)
 
@@ -252,7 +250,7 @@ def _read(source: Path, *others: Path) -> ImageData:
 def _download(root: Path, where: str) -> Path:
     """Download CIFAR-10's archive into `root`, whole or not at all; a ConnectionError if there is
     no network, another OSError if it fails five times."""
-    archive, reached = root / CIFAR10.filename, False
+    archive = root / CIFAR10.filename
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / ".download.lock"):
         if archive.exists():  # from the process that had the lock
@@ -262,11 +260,11 @@ def _download(root: Path, where: str) -> Path:
             try:
                 with urllib.request.urlopen(CIFAR10.url, timeout=PATIENCE) as answer:
                     print(f"Downloading CIFAR-10 (170 MB) into {where}", flush=True)
-                    reached, content = True, answer.read()
+                    content = answer.read()
             except (OSError, HTTPException) as problem:
                 reason = getattr(problem, "reason", problem)
-                gave_up = attempt == 4 or not isinstance(reason, TimeoutError)
-                if type(problem) is URLError and gave_up and not reached:
+                slow_or_odd = isinstance(reason, (TimeoutError, ssl.SSLError))
+                if type(problem) is URLError and attempt == 0 and not slow_or_odd:
                     raise ConnectionError(reason) from None
                 continue
             if hashlib.md5(content).hexdigest() == CIFAR10.tgz_md5:

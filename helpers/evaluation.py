@@ -29,11 +29,9 @@ BATCH = 250  # images; on a CPU up to a fifth quicker than 500
 
 
 def predict(
-    network: nn.Module,
-    images: ImageSet,
-    precision: torch.dtype = torch.float32,
-    size: int = IMAGE_SIZE,
-) -> Tensor:
+    network: nn.Module, images: ImageSet,
+    precision: torch.dtype = torch.float32, size: int = IMAGE_SIZE,
+) -> Tensor:  # fmt: skip
     """Logits, float32 N×classes on the CPU, of images resized to size×size pixels. bfloat16 and
     float16, where the device has them, are quicker and change a few predictions."""
     with evaluating(network, precision) as device:
@@ -45,11 +43,8 @@ def six_views(
     network: nn.Module, images: ImageSet, logits: Tensor, precision: torch.dtype
 ) -> Tensor:
     """`logits`, with those of the least certain quarter of the images replaced by a mean over six
-    views: as it is and mirrored, each unmoved, moved up and left, moved down and right by a pixel.
-
-    Test-time augmentation of cifar10-airbench (K. Jordan); that a quarter is enough, of hiverge's
-    cifar10-speedrun (on one network of `small` 91.35 %, and 91.34 % with six views of all images).
-    """
+    views: as it is and mirrored, each unmoved, moved up and left, moved down and right by a pixel
+    (cifar10-airbench, K. Jordan; that a quarter of the images is enough: hiverge)."""
     unsure = confidence(logits).argsort()[: math.ceil(len(logits) / 4)]
     some, total = images.subset(unsure.to(images.labels.device)), 0
     for pixels, weight in ((0, 1 / 4), (1, 1 / 8), (-1, 1 / 8)):
@@ -65,15 +60,13 @@ def evaluating(network: nn.Module, precision: torch.dtype) -> Iterator[torch.dev
     """Evaluation mode without gradients, giving the network's device. By default a GPU rounds
     float32 in convolutions to 11 bits (TF32); not here."""
     device, training = next(network.parameters()).device, network.training
-    cudnn, tf32 = torch.backends.cudnn, torch.backends.cudnn.allow_tf32
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     try:
-        cudnn.allow_tf32 = False
         network.eval()
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode(), autocast, exact:
             yield device
     finally:
-        cudnn.allow_tf32 = tf32
         network.train(training)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -32,12 +33,9 @@ def short(path: Path) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The one to three known names most like a wrong one, and how many there are."""
-    known = list(known)
-    few = known if len(known) < 6 else []
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or few
-    if not close:
-        return f"none of the {len(known)} known names is like it"
-    return f"did you mean {' or '.join(close)}? ({len(known)} are known)"
+    known, close = list(known), difflib.get_close_matches
+    found = " or ".join(close(name, known, 3, 0.5) or close(name, known, 3, 0))
+    return f"did you mean {found}? ({len(known)} are known)" if known else "none is known"
 
 
 def write_file(
@@ -75,6 +73,8 @@ def exit_with_message(kept: str) -> Iterator[None]:
         name = getattr(error, "filename", None)
         what = getattr(error, "strerror", None) or str(error) or "out of memory"
         where = f"{short(Path(name))}: " if name else ""
-        sys.exit(f"{where}{what}; make room, or use a copy of the project that you may write.")
+        is_writing = getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EACCES)
+        remedy = "; make room, or use a copy of the project that you may write" * is_writing
+        sys.exit(f"{where}{what}{remedy}.")
     except KeyboardInterrupt:
         sys.exit(f"Stopped from the keyboard; {kept}.")

@@ -92,8 +92,17 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")).items())
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        why = f"{short(path)} cannot be read ({type(error).__name__})"
-        raise RunError(f"{why}; restore it, or delete its folder.") from None
+        kind = type(error).__name__
+        raise RunError(f"{short(path)} cannot be read ({kind}); restore it.") from None
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A table of earlier results; a RunError if it cannot be read."""
+    try:
+        return pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        kind = type(error).__name__
+        raise RunError(f"{short(path)} cannot be read ({kind}); restore it.") from None
 
 
 def check_same_data(run: Run, images: ImageData) -> None:
@@ -106,7 +115,8 @@ def check_same_data(run: Run, images: ImageData) -> None:
 def load_network(run: Run) -> BlockNetwork:
     """A run's network, in evaluation mode; a RunError if its weights are not those it wrote."""
     path = run.folder / "weights.pt"
-    network = run.settings.network().to(memory_format=torch.channels_last)
+    with torch.random.fork_rng():
+        network = run.settings.network().to(memory_format=torch.channels_last)
     try:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != run.metrics["weights_sha256"]:
@@ -145,6 +155,8 @@ def table(runs: list[Run]) -> pd.DataFrame:
     rows, no_recipe = [], {"preset", "seed", "run", "device", "precision"}
     for run in runs:
         settings, numbers = run.settings, [float(run.metrics[name]) for name in NUMBERS]
+        if not all(0 <= share <= 1 for share in numbers[:2]):
+            raise ValueError("accuracies are fractions of one")
         recipe = run.metrics["dataset"] + settings.model_dump_json(exclude=no_recipe)
         known = run.name, settings.preset, settings.seed, hardware_of(run), recipe
         rows.append((*known, *numbers))
@@ -178,7 +190,7 @@ def results() -> pd.DataFrame:
 def history() -> pd.DataFrame:
     """What earlier recipes reached, `notebooks/runs/history.csv`: `name`, `recipe` in words,
     `accuracy` ± `deviation` and `tta` (fractions), `n`, `minutes`, `machine`, `commit`."""
-    return pd.read_csv(project.RUNS / "history.csv")
+    return read_table(project.RUNS / "history.csv")
 
 
 class RunWriter:
@@ -224,8 +236,11 @@ class RunWriter:
             raise RunError(f"{why}; make room, or use a copy that you may write.") from None
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         self.lock.release()
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            remedy = "free some and start it again, or choose a smaller batch_size, fewer channels"
+            raise RunError(f"Run {self.name} ran out of memory; {remedy}.") from None
         if (self.folder / "metrics.json").is_file():
             (self.folder / ".lock").unlink(missing_ok=True)
 

@@ -126,25 +126,22 @@ class Settings(Strict):
 def first_fault(error: ValidationError) -> str:
     """The first of pydantic's findings as one sentence, with how papermill takes such a value."""
     fault = error.errors()[0]
-    name, *inside = fault["loc"]
-    value, hint = fault["input"], ""
+    (name, *inside), value = fault["loc"], fault["input"]
     if fault["type"] == "extra_forbidden" and not inside:
         return f"Parameter {name:.60} is not known: {did_you_mean(name, Settings.model_fields)}."
-    if fault["type"] == "string_type":
-        hint = f" (papermill: -r {name} {value!s:.30})"
-    elif isinstance(value, str):  # what papermill's -p makes of other than numbers
-        meant = value.lower().translate(str.maketrans("()", "[]"))
-        if meant in ("true", "yes", "on", "false", "no", "off"):
-            hint = f" (papermill: -p {name} {meant in ('true', 'yes', 'on')})"
-        elif meant.startswith(("[", "{")):
-            hint = f" (papermill: -y '{{{name}: {meant:.40}}}')"
-        elif re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value):
-            hint = f" (in YAML with a point: {float(value):.1e})"
     where = "".join(f"[{part!r:.40}]" for part in inside)
     what = fault["msg"].replace("Input should", "it should")
     if fault["type"] == "string_pattern_mismatch":
         what = "it should be of letters, digits, '.', '_' and '-', at most 100"
-    return f"Parameter {name}{where} = {value!r:.60}: {what}{hint}."
+    text = f"{value!s:.40}".strip("()[], ")
+    remedies = {
+        "bool_type": f"-p {name} {text.lower() in ('true', 'yes', 'on', '1')}",
+        "list_type": f"-y '{{{name}: [{text}]}}'",
+        "string_type": f"-r {name} {text}",
+    }
+    given = not inside and remedies.get(fault["type"])
+    remedy = f" (papermill: {given})" if given else ""
+    return f"Parameter {name}{where} = {value!r:.60}: {what}{remedy}."
 
 
 def check_parameters(
@@ -168,12 +165,16 @@ def check_parameters(
     for k, cell in enumerate(cells[begin:], begin):
         names = assigned(cell, is_last=k >= last)
         if not succeeded or names & known:
-            given |= {name for name in names if not name.startswith("_")}
+            given |= names - {"_"}
     given &= namespace.keys()
     if foreign := given & known - set(takes):
         names = ", ".join(takes)
         raise ParameterError(f"Parameter {min(foreign)} is not one of this notebook: {names}.")
     settings = Settings(**{name: namespace[name] for name in sorted(given)})
+    if missing := {"preset", "run"} & set(takes) - given:
+        raise ParameterError(f"Parameter {min(missing)} is not set; the parameters cell has to.")
+    if (PRESETS / f"{settings.preset}.yaml").exists():
+        read_preset(settings.preset)  # papermill read it more leniently
     pick_precision(settings.precision, pick_device(settings.device))  # can this machine do it?
     namespace["_checked"] = begin, len(cells), True
     return settings
@@ -196,24 +197,36 @@ def assigned(cell: str, is_last: bool = True) -> set[str]:
     return {one.get_name() for one in symbols if one.is_assigned() and not one.is_namespace()}
 
 
+class PlainYaml(yaml.SafeLoader):
+    """YAML that means what it seems to: no 012 for ten or 1:30 for ninety, no name given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise yaml.YAMLError("a name is given twice")
+        return mapping
+
+
+PlainYaml.yaml_implicit_resolvers = {}
+number, fraction = "-?(0|[1-9][0-9]*)", r"(\.[0-9]*)?(e[-+]?[0-9]+)?"
+for kind, pattern in (("bool", "true|false"), ("int", number), ("float", number + fraction)):
+    tag = f"tag:yaml.org,2002:{kind}"
+    PlainYaml.add_implicit_resolver(tag, re.compile(f"({pattern})$"), list("tf-0123456789"))
+
+
 def read_preset(name: str) -> dict[str, Any]:
     """The parameters that a preset gives: those in which it differs from the defaults."""
     path, known = PRESETS / f"{name}.yaml", [path.stem for path in PRESETS.glob("*.yaml")]
     if name not in known:
         raise ParameterError(f"There is no preset {name!r:.60}: {did_you_mean(name, known)}.")
     try:
-        text = path.read_text(encoding="utf-8")
-        parameters = yaml.safe_load(text)
+        parameters = yaml.load(path.read_text(encoding="utf-8"), PlainYaml)
         Settings(**parameters)
     except ParameterError as error:
         raise ParameterError(f"{short(path)}: {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError):
-        raise ParameterError(f"{short(path)} is not valid YAML (epochs: 6).") from None
-    # YAML reads 012 as 10, 0x10 as 16 and 1:30 as 90, and of two lines with one name the last.
-    if odd := re.search(r"^[^#\n]*[ ,\[](0[\dxob]|\d+[:_]\d).*$", text, re.MULTILINE):
-        raise ParameterError(f"{short(path)}: write {odd[0]!r:.40} in plain decimal digits.")
-    if len(re.findall(r"^\w+:", text, re.MULTILINE)) > len(parameters):
-        raise ParameterError(f"{short(path)} gives a parameter twice; keep one of its lines.")
+    except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
+        why = getattr(error, "problem", None) or error
+        raise ParameterError(f"{short(path)} cannot be read as YAML ({why!s:.80}).") from None
     if parameters.get("preset") != name:
         raise ParameterError(f"{short(path)} must say preset: {name}.")
     return parameters
@@ -227,8 +240,8 @@ def pick_device(name: str) -> torch.device:
             x = torch.zeros(1, 3, 8, 8, device=candidate)
             F.conv2d(x, x).sum().item()
             return torch.device(candidate)
-        except (RuntimeError, AssertionError) as error:
-            why = f"{candidate} does not work here ({str(error).splitlines()[0][:80]})"
+        except Exception as error:  # whatever a driver raises
+            why = f"{candidate} does not work here ({' '.join(str(error).split())[:80]})"
             if name == "auto":
                 print(f"Device {why}; another one is used.")
     raise ParameterError(f"Parameter device = {name!r}: {why}; use auto or cpu.")

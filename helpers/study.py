@@ -15,7 +15,7 @@ import joblib
 import pandas as pd
 from statsmodels.formula.api import ols
 
-from helpers import data, evaluation, project, training
+from helpers import data, evaluation, project, runs, training
 from helpers.model import layer_table
 from helpers.project import ProjectError, exit_with_message, write_file
 from helpers.settings import Settings
@@ -66,13 +66,14 @@ def table() -> pd.DataFrame:
     """The study, one row per run: `variant`, `seed`, `accuracy` on validation images, that
     with another image's a (`accuracy_shuffled`) and with the mean a (`accuracy_mean`), `seconds` of
     training, `parameters`, `multiply_adds` per image."""
-    return pd.read_csv(project.RUNS / "study.csv")
+    path = project.RUNS / "study.csv"
+    return runs.read_table(path) if path.exists() else pd.DataFrame(columns=["variant", "seed"])
 
 
 def ladder() -> pd.DataFrame:
     """From the sheet's basic network up, one row per step: `step` in words, whether it was `kept`,
     `accuracy` on validation images, `seconds`, `parameters`, `multiply_adds`."""
-    return pd.read_csv(project.RUNS / "ladder.csv")
+    return runs.read_table(project.RUNS / "ladder.csv")
 
 
 def run_one(variant: str, seed: int, settings: Settings) -> dict[str, Any]:
@@ -97,14 +98,12 @@ def run_one(variant: str, seed: int, settings: Settings) -> dict[str, Any]:
 
 
 def compare(results: pd.DataFrame, base: str = BASE) -> pd.DataFrame:
-    """The difference of every variant to `base`, with intervals that hold together at 95 %.
+    """The difference of every variant to `base`, with intervals that hold together at 95 %: a row
+    for each with its `words`, `difference`, `low`, `high` (fractions), and `n` seeds.
 
     A seed gives all variants the same order and augmentation of images. So accuracy = variant +
     seed + rest is fitted by least squares; the rest of all runs gives one standard deviation, and
     Student's intervals are widened for the number of comparisons (Bonferroni).
-
-    Returns:
-        index the variant; `words`, `difference`, `low`, `high` (fractions), and `n` seeds.
     """
     fit = ols(f"accuracy ~ C(variant, Treatment({base!r})) + C(seed)", results).fit()
     found = fit.params.filter(regex="variant")
@@ -119,21 +118,21 @@ def compare(results: pd.DataFrame, base: str = BASE) -> pd.DataFrame:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m helpers.study", description=__doc__)
     parser.add_argument("--cluster", help="address of a Dask cluster whose workers see this folder")
-    parser.add_argument("--list", action="store_true", help="only say what is missing")
     options = parser.parse_args()
     with exit_with_message("the rows that are finished are kept"):
         done = table()
         there = set(zip(done["variant"], done["seed"], strict=True))
         missing = [run for run in planned() if run[:2] not in there]
-        minutes = len(missing) * done["seconds"].median() / 60
-        print(f"{len(missing)} runs are missing, about {minutes:.0f} minutes one after another.")
-        if options.list:
-            return
+        each = f"{done['seconds'].median() / 60:.0f}" if len(done) else "some"
+        print(f"{len(missing)} runs are missing, of {each} minutes each.")
         backend: dict[str, Any] = {"backend": "sequential"}
         if options.cluster:
             from distributed import Client
 
-            Client(options.cluster)
+            try:
+                Client(options.cluster)
+            except (ValueError, OSError) as error:
+                raise ProjectError(f"--cluster: {error!s:.150}; write tcp://host:8786.") from None
             backend = {"backend": "dask"}
         with joblib.parallel_config(**backend):
             jobs = (joblib.delayed(run_one)(*run) for run in missing)

@@ -21,7 +21,6 @@ from helpers import data, evaluation, mixing
 from helpers.augment import Augmentation
 from helpers.data import ImageData, ImageSet
 from helpers.model import BlockNetwork
-from helpers.optimizers import make_optimizers
 from helpers.project import ProjectError
 from helpers.runs import Run, RunWriter, load_network, surroundings
 from helpers.settings import Settings, pick_device, pick_precision
@@ -83,15 +82,9 @@ def parts(images: ImageData, settings: Settings) -> tuple[ImageSet, ImageSet | N
 
 
 def train_step(
-    network: nn.Module,
-    optimizers: list[Optimizer],
-    scaler: torch.amp.GradScaler,
-    precision: torch.dtype,
-    smoothing: float,
-    x: Tensor,
-    labels: Tensor,
-    importance: Tensor,
-) -> tuple[Tensor, Tensor]:
+    network: nn.Module, optimizers: list[Optimizer], scaler: torch.amp.GradScaler,
+    precision: torch.dtype, smoothing: float, x: Tensor, labels: Tensor, importance: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One step on a batch: its losses, b, before the step, and which predictions were right, b.
 
     Args:
@@ -109,6 +102,60 @@ def train_step(
         scaler.step(optimizer)
     scaler.update()
     return losses.detach(), logits.argmax(dim=1) == labels
+
+
+class Muon(Optimizer):
+    """Nesterov momentum whose step for each kernel bank is made orthogonal (K. Jordan).
+
+    A bank c′×c×k×k is a matrix c′×(c·k·k); its step keeps the directions of the momentum but gives
+    them all the same length, so that weak directions learn as fast as strong ones. The bank itself
+    is kept at norm √c′, as in cifar10-airbench.
+    """
+
+    def __init__(self, kernels: Iterable[Tensor], lr: float, momentum: float) -> None:
+        super().__init__(kernels, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for kernel in (kernel for kernel in group["params"] if kernel.grad is not None):
+                state, decay = self.state[kernel], group["momentum"]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(kernel)
+                momentum = state["momentum"].mul_(decay).add_(kernel.grad)
+                ahead = torch.add(kernel.grad, momentum, alpha=decay)  # c′×c×k×k
+                step = orthogonal(ahead.flatten(1)).view(kernel.shape)
+                kernel.mul_(math.sqrt(len(kernel)) / kernel.norm()).sub_(group["lr"] * step)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """A matrix with its singular values brought near 1, by three Newton–Schulz iterations with
+    Muon's coefficients: polynomials of x·xᵀ, a small matrix, whose product x is multiplied by."""
+    if x.shape[0] > x.shape[1]:
+        return orthogonal(x.mT).mT
+    x = x / (x.norm() + 1e-7)
+    gram, product = x @ x.mT, torch.eye(len(x)).to(x)
+    for _ in range(3):
+        step = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        step.diagonal().add_(3.4445)
+        product, gram = step @ product, step @ gram @ step
+    return product @ x
+
+
+def make_optimizers(network: BlockNetwork, settings: Settings) -> list[Optimizer]:
+    """Muon for the branches' kernels, Adam for the rest, with a rate of its own for the gates."""
+    kernels = [branch.weight for block in network.blocks for branch in block.branches]
+    gates = [p for block in network.blocks for p in block.fc.parameters() if p.requires_grad]
+    chosen = {id(p) for p in (*kernels, *gates)}
+    others = [p for p in network.parameters() if p.requires_grad and id(p) not in chosen]
+    groups = [{"params": others}, {"params": gates, "lr": settings.gate_learning_rate}]
+    optimizers = [
+        Muon(kernels, settings.learning_rate, settings.momentum),
+        torch.optim.Adam(groups, lr=settings.adam_learning_rate, betas=(0.9, 0.95)),
+    ]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["initial_lr"] = group["lr"]
+    return optimizers
 
 
 def initial_network(training: ImageSet, settings: Settings) -> BlockNetwork:
@@ -259,7 +306,7 @@ class TrainState:
 def recalibrate(network: BlockNetwork, training: ImageSet, settings: Settings) -> None:
     """Estimate the means and variances of batch normalisation anew, from images augmented as in
     training; while training they follow the last few batches."""
-    some = training.first(min(RECALIBRATED, len(training)))
+    some = training.subset(slice(RECALIBRATED))
     generator = torch.Generator().manual_seed(settings.seed)
     augmentation = Augmentation(len(some), generator, settings)
     loader = data.training_loader(some, min(500, len(some)), augmentation, generator)
@@ -283,11 +330,10 @@ def measure(
     network, size = state.network, state.settings.image_size(state.epoch)
     last = state.epoch == state.settings.epochs
     precision = torch.float32 if last else state.precision
-    sets = {"training": training.first(min(MEASURED, len(training))), "test": test}
-    if validation:
-        sets["validation"] = validation
+    sets = {"training": training.subset(slice(MEASURED)), "test": test, "validation": validation}
+    sets = {name: images for name, images in sets.items() if images}
     logits = {name: evaluation.predict(network, s, precision, size) for name, s in sets.items()}
-    right = {name: evaluation.accuracy(logits[name], sets[name].labels) for name in sets}
+    right = {name: evaluation.accuracy(logits[name], s.labels) for name, s in sets.items()}
     found = {f"{name}_accuracy": share for name, share in right.items()}
     if last:
         views = evaluation.six_views(network, test, logits["test"], state.precision)
@@ -310,11 +356,8 @@ def final_metrics(state: TrainState, record: RunWriter) -> dict[str, Any]:
 
 def epoch_line(row: dict[str, Any], settings: Settings) -> str:
     """The line of an epoch: resolution, loss, accuracies, seconds."""
-    accuracies = "".join(
-        f"  {name} {row[f'{name}_accuracy']:.2%}"
-        for name in ("training", "test", "validation")
-        if pd.notna(row.get(f"{name}_accuracy"))
-    )
+    found = {name: row.get(f"{name}_accuracy") for name in ("training", "test", "validation")}
+    accuracies = "".join(f"  {name} {n:.2%}" for name, n in found.items() if pd.notna(n))
     return (
         f"epoch {row['epoch']:>3}/{settings.epochs}  {row['size']}×{row['size']}  "
         f"loss {row['loss']:.3f}{accuracies}  {row['seconds']:.0f} s"

@@ -42,8 +42,9 @@ def test_what_is_written_is_read_again(records: Path) -> None:
     assert (read.config, read.metrics) == (made.config, made.metrics)
     assert read.settings == Settings(**SETTINGS.model_dump() | {"run": "one", "seed": 3})
     assert read.history.equals(made.history)
+    drawn = torch.get_rng_state()
     network = runs.load_network(read)
-    assert not network.training
+    assert not network.training and torch.equal(torch.get_rng_state(), drawn)
     assert sorted(path.name for path in read.folder.iterdir()) == [
         "batches.csv", "config.json", "history.csv", "metrics.json", "weights.pt",
     ]  # fmt: skip
@@ -59,6 +60,8 @@ def test_what_is_written_is_read_again(records: Path) -> None:
         ("metrics.json", '{"dataset": "cifar10"}'),
         ("metrics.json", json.dumps(METRICS | {"hardware": 2})),
         ("metrics.json", json.dumps(METRICS | {"test_accuracy": "high"})),
+        ("metrics.json", json.dumps(METRICS | {"test_accuracy": float("nan")})),
+        ("metrics.json", json.dumps(METRICS | {"test_accuracy_tta": 96.0})),
         ("history.csv", ""),
         ("history.csv", "epoch\n"),
         ("batches.csv", "\0"),
@@ -87,6 +90,13 @@ def test_a_missing_file_of_a_record_is_named(records: Path) -> None:
             runs.read("bad")
         assert runs.finished() == []
         shutil.rmtree(records / "bad")
+
+
+def test_a_table_that_cannot_be_read_is_named(records: Path) -> None:
+    for content in (b"", b"\xff\xfe", b'a,b\n"1'):
+        (records / "history.csv").write_bytes(content)
+        with pytest.raises(RunError, match=r"history\.csv cannot be read .* restore it"):
+            runs.history()
 
 
 def test_a_wrong_name_gets_the_nearest(records: Path) -> None:

@@ -35,7 +35,8 @@ ROW = {"channels": 8, "kernels": [3, 1]}
         ({"flip": "false"}, "-p flip False"),
         ({"flip": "no"}, "-p flip False"),
         ({"first_sizes": "[8, 16]"}, "-y '{first_sizes: [8, 16]}'"),
-        ({"first_sizes": "(16,)"}, "-y '{first_sizes: [16,]}'"),
+        ({"first_sizes": "(16,)"}, "-y '{first_sizes: [16]}'"),
+        ({"first_sizes": 16}, "-y '{first_sizes: [16]}'"),
         ({"blocks": [{**ROW, 600 * "k": 1}]}, "kkk"),
         ({"run": 2026}, "-r run 2026"),
         ({"run": "a/b"}, "run"),
@@ -78,6 +79,7 @@ def test_whatever_is_given_is_taken_whole_or_refused(given_values: dict[str, Any
         assert Settings(**taken.model_dump()) == taken
 
 
+GIVEN = {"preset": "small", "run": "", "seed": 1}
 CELL = "seed = 1\nepochs = 5\n"
 
 
@@ -87,12 +89,13 @@ CELL = "seed = 1\nepochs = 5\n"
         "epoch = 1", "epoch: int = 1", "epoch, other = 1, 2", "epochs = epoch = 7", "(epoch := 1)",
         "[epoch, *rest] = 1, 2", "epoch += 1", "%%time\nepoch = 1", "%load_ext nothing\nepoch = 1",
         "!ls\nepoch = 1", "if True:\n    epoch = 1", "for epoch in [1]:\n    pass",
-        "with open('x') as epoch:\n    pass", "epoch = 1; settings = check_parameters(globals())",
+        "with open('x') as epoch:\n    pass", "_epoch = 3",
+        "epoch = 1; settings = check_parameters(globals())",
     ],
 )  # fmt: skip
 def test_an_unknown_name_is_refused_in_every_form_of_assignment(typo: str) -> None:
     check = "settings = check_parameters(globals())"
-    variables = {"seed": 1, "epochs": 5, "epoch": 1, "other": 2, "rest": []}
+    variables = {"seed": 1, "epochs": 5, "epoch": 1, "_epoch": 3, "other": 2, "rest": []}
     for cells in (["", CELL + typo, check], ["", CELL, "# Parameters\n" + typo, check], [typo]):
         with pytest.raises(ParameterError, match=r"epoch|other|rest"):
             check_parameters(variables | {"In": cells})
@@ -105,7 +108,13 @@ def test_a_cell_that_is_no_python_is_refused() -> None:
 
 def test_what_the_story_assigned_is_no_parameter_when_the_cell_is_run_again() -> None:
     check = "settings = check_parameters(globals())\nimages = 1"
-    kernel = {"seed": 1, "epochs": 5, "In": ["", "import sys", CELL, check]}
+    kernel = {
+        "preset": "small",
+        "run": "",
+        "seed": 1,
+        "epochs": 5,
+        "In": ["", "import sys", CELL, check],
+    }
     check_parameters(kernel)
     kernel |= {"loss": 3, "images": 1}
     kernel["In"] += ["loss = 3", "%%bash\nls", CELL, check]
@@ -123,13 +132,24 @@ def test_what_the_story_assigned_is_no_parameter_when_the_cell_is_run_again() ->
 
 def test_before_the_first_success_a_mistake_counts_until_it_is_corrected() -> None:
     check = "check_parameters(globals())"
-    kernel = {"epoch": 9, "seed": 1, "In": ["", "epoch: int = 9", check]}
+    kernel = {
+        "preset": "small",
+        "run": "",
+        "epoch": 9,
+        "seed": 1,
+        "In": ["", "epoch: int = 9", check],
+    }
     for _ in range(2):
         with pytest.raises(ParameterError, match="epoch "):
             check_parameters(kernel)
         kernel["In"] += [check]
     kernel["In"] += ["seed = = 3", "seed = 3", check]  # the first of these was never run
     assert check_parameters(kernel).seed == 1
+
+
+def test_a_parameters_cell_without_a_preset_is_refused() -> None:
+    with pytest.raises(ParameterError, match="preset is not set"):
+        check_parameters({"run": "", "seed": 1, "In": ["", "run = ''\nseed = 1"]})
 
 
 def test_a_parameter_that_a_notebook_does_not_take_is_refused() -> None:
@@ -148,21 +168,17 @@ def test_presets_are_what_they_say_and_small_is_the_default() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "epochs: [",
-        "- 1",
-        "epochs: 0",
-        "preset: other",
-        "seed: 0x10",
-        "seed: 012",
-        "seed: 1:30",
-        "seed: 1\nseed: 2",
+        "epochs: [", "- 1", "epochs: 0", "preset: other", "seed: 0x10", "seed: 012", "seed: 1:30",
+        "epochs: 1_0", "flip: no", "seed: 1\nseed: 2", "blocks: [{channels: 8, channels: 9}]",
     ],
-)
+)  # fmt: skip
 def test_a_damaged_preset_is_refused(text: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "PRESETS", tmp_path)
     (tmp_path / "mine.yaml").write_text(f"preset: mine\n{text}\n", encoding="utf-8")
     with pytest.raises(ParameterError, match=r"mine\.yaml"):
         settings.read_preset("mine")
+    with pytest.raises(ParameterError, match=r"mine\.yaml"):  # papermill read it more leniently
+        check_parameters(GIVEN | {"preset": "mine", "In": ["", "preset = 'mine'"]})
     with pytest.raises(ParameterError, match="mine"):
         settings.read_preset("mime")
 

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from helpers import data, project, runs, training
 from helpers.data import ImageData
-from helpers.optimizers import Muon, make_optimizers, orthogonal
 from helpers.project import ProjectError
 from helpers.runs import RunError
 from helpers.settings import Settings
-from helpers.training import infobatch_weights, train
+from helpers.training import Muon, infobatch_weights, make_optimizers, orthogonal, train
 
 ROWS = [
     {"channels": 8, "kernels": [3, 1], "pool": True},

@@ -17,8 +17,8 @@ from filelock import FileLock, Timeout
 
 from helpers import data, runs
 from helpers.project import ProjectError, exit_with_message, short
-from helpers.report import execute, readme
-from helpers.report.pages import render, write_overview
+from helpers.report import execute
+from helpers.report.pages import render, update_readme, write_overview
 from helpers.report.pdf import make_pdf
 from helpers.settings import Settings, read_preset
 
@@ -68,7 +68,7 @@ def publish(numbers: list[str]) -> None:
             print(f"{name} is stored", flush=True)
     if execute.ANALYSIS[:2] in numbers:
         make_pdf(runs.read(execute.submitted()), execute.NOTEBOOKS / "report.pdf")
-    readme.update()
+    update_readme()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,12 +17,11 @@ from functools import partial
 import pandas as pd
 import torch
 
-from helpers.optimizers import make_optimizers
 from helpers.project import BENCHMARKS, exit_with_message, short, write_file
 from helpers.runs import surroundings
 from helpers.settings import Settings, pick_precision
 from helpers.study import branches
-from helpers.training import train_step
+from helpers.training import make_optimizers, train_step
 
 ROUNDS = 11
 KINDS = ("reference", "auto")

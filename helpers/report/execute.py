@@ -55,7 +55,7 @@ def execute(
         stopped = f"in its cell [{error.exec_count}] with {said}"
     except DeadKernelError:
         stopped = "because its kernel died, perhaps out of memory"
-    except (NoSuchKernel, RuntimeError) as error:  # nothing was executed
+    except (NoSuchKernel, RuntimeError, ValueError, FileNotFoundError) as error:  # no kernel
         raise ProjectError(
             f"{name} could not start the Jupyter kernel python3 ({str(error)[:80]}); "
             "install ipykernel, or unset JUPYTER_PREFER_ENV_PATH."

@@ -8,6 +8,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from jinja2 import Environment, FileSystemLoader, pass_context
 from latex2mathml.converter import convert
@@ -18,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from helpers import data, evaluation, runs
-from helpers.project import write_file
+from helpers.project import ROOT, ProjectError, write_file
 from helpers.report.execute import SEQUENCE
 from helpers.report.pdf import plots
 from helpers.settings import Settings
@@ -31,6 +32,12 @@ PAGES = [
 ]
 SHOWN = 300  # images in the explorer, about 3 kB each
 TEMPLATES = FileSystemLoader(Path(__file__).parent)
+README = ROOT / "README.md"
+BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
+HEAD = """\
+| what | hardware | minutes | test accuracy in % | with six views | n |
+|:--|:--|--:|--:|--:|--:|
+"""
 
 
 class MathRenderer(IPythonRenderer):
@@ -110,3 +117,35 @@ def picture(image: Tensor) -> str:
     file = io.BytesIO()
     to_pil_image(image).save(file, format="png", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+
+
+# ---- the README
+def results_table() -> str:
+    """This project's recipes, the quickest first; the best earlier one; the published report."""
+    best = runs.history().nlargest(1, "accuracy")
+    best = best.rename(columns={"name": "preset", "machine": "hardware"})
+    rows = [HEAD]
+    for what, table in (("", runs.results()), ("best earlier recipe, ", best)):
+        for row in table.itertuples():
+            deviation = "" if pd.isna(row.deviation) else f" ± {100 * row.deviation:.2f}"
+            rows.append(
+                f"| {what}`{row.preset}` | {row.hardware} | {row.minutes:.1f} "
+                f"| {100 * row.accuracy:.2f}{deviation} | {100 * row.tta:.2f} | {row.n} |\n"
+            )
+    minutes, accuracy = evaluation.PUBLISHED_MINUTES, 100 * evaluation.PUBLISHED
+    rows.append(f"| published report | a GPU | {minutes} | {accuracy:.2f} | | 1 |\n")
+    return "".join(rows)
+
+
+def with_table(text: str) -> str:
+    """The README with the table of today."""
+    before, _, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ProjectError(f"README.md has to hold {BEGIN.strip()} and {END}; put them back.")
+    return before + BEGIN + results_table() + END + after
+
+
+def update_readme() -> None:
+    """Rewrite the README's table of results, between its two markers, from the records."""
+    write_file(README, with_table(README.read_text(encoding="utf-8")))
