@@ -131,13 +131,15 @@ def resize(images: Tensor, size: int) -> Tensor:
     if images.shape[2:] == (size, size):
         return images
     # With matrices, as Apple's GPUs cannot interpolate 32 pixels to 24 by area.
-    covered = F.adaptive_avg_pool1d(torch.eye(images.shape[2]), size).T.to(images)  # size×h
-    return (covered @ images @ covered.T).contiguous(memory_format=torch.channels_last)
+    covered = F.adaptive_avg_pool1d(torch.eye(images.shape[2]), size).T  # size×h
+    covered = covered.to(images, non_blocking=True)
+    with torch.autocast(images.device.type, enabled=False):
+        return (covered @ images @ covered.T).contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(eq=False)
 class Batches(IterableDataset):
-    """Batches whose sizes differ by at most one image: none weighs more than another."""
+    """Batches whose sizes differ by at most one: no image weighs more than another."""
 
     images: ImageSet
     order: Callable[[], Tensor]  # gives the numbers of the images, for each pass anew
@@ -157,19 +159,14 @@ class Batches(IterableDataset):
 
 
 def training_loader(
-    images: ImageSet,
-    batch_size: int,
-    augment: Augment,
-    generator: Generator,
-    epoch: int = 0,
-    numbers: Tensor | None = None,
-    size: int = IMAGE_SIZE,
-) -> DataLoader:
+    images: ImageSet, batch_size: int, augment: Augment, generator: Generator,
+    epoch: int = 0, numbers: Tensor | None = None, size: int = IMAGE_SIZE,
+) -> DataLoader:  # fmt: skip
     """Shuffled, augmented batches of one epoch, counted from 0: x, float32 b×3×size×size, the
-    labels and the images' numbers in the set, of those in `numbers` (default: all). The batches are
-    no smaller than `batch_size`: of one image there is no variance to normalise by."""
+    labels and the images' numbers in the set, of those in `numbers` (default: all). No batch is of
+    one image alone, which has no variance to normalise by."""
     numbers = torch.arange(len(images)) if numbers is None else numbers
-    count = max(len(numbers) // batch_size, 1)
+    count = max(min(math.ceil(len(numbers) / batch_size), len(numbers) // 2), 1)
 
     def order() -> Tensor:
         return numbers[torch.randperm(len(numbers), generator=generator)]
@@ -250,7 +247,7 @@ def _read(source: Path, *others: Path) -> ImageData:
 def _download(root: Path, where: str) -> Path:
     """Download CIFAR-10's archive into `root`, whole or not at all; a ConnectionError if there is
     no network, another OSError if it fails five times."""
-    archive = root / CIFAR10.filename
+    archive, reached = root / CIFAR10.filename, False
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / ".download.lock"):
         if archive.exists():  # from the process that had the lock
@@ -260,11 +257,11 @@ def _download(root: Path, where: str) -> Path:
             try:
                 with urllib.request.urlopen(CIFAR10.url, timeout=PATIENCE) as answer:
                     print(f"Downloading CIFAR-10 (170 MB) into {where}", flush=True)
-                    content = answer.read()
+                    reached, content = True, answer.read()
             except (OSError, HTTPException) as problem:
                 reason = getattr(problem, "reason", problem)
-                slow_or_odd = isinstance(reason, (TimeoutError, ssl.SSLError))
-                if type(problem) is URLError and attempt == 0 and not slow_or_odd:
+                odd = (ssl.SSLError, TimeoutError) if attempt < 4 else ssl.SSLError
+                if type(problem) is URLError and not reached and not isinstance(reason, odd):
                     raise ConnectionError(reason) from None
                 continue
             if hashlib.md5(content).hexdigest() == CIFAR10.tgz_md5:

@@ -47,15 +47,9 @@ class IntermediateBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernels: Sequence[int] = (3, 1),
-        stride: int = 1,
-        gate: str = "linear",
-        bias: bool = True,
-        implementation: str = "auto",
-    ) -> None:
+        self, in_channels: int, out_channels: int, kernels: Sequence[int] = (3, 1), stride: int = 1,
+        gate: str = "linear", bias: bool = True, implementation: str = "auto",
+    ) -> None:  # fmt: skip
         super().__init__()
         counts = {"in_channels": in_channels, "out_channels": out_channels, "stride": stride}
         for name, value in counts.items():
@@ -180,14 +174,9 @@ class BlockNetwork(nn.Module):
     """
 
     def __init__(
-        self,
-        blocks: Sequence[Mapping[str, Any]],
-        gate: str = "linear",
-        stem_filters: int = 0,
-        normalise: bool = True,
-        activation: str = "silu",
-        implementation: str = "auto",
-    ) -> None:
+        self, blocks: Sequence[Mapping[str, Any]], gate: str = "linear", stem_filters: int = 0,
+        normalise: bool = True, activation: str = "silu", implementation: str = "auto",
+    ) -> None:  # fmt: skip
         super().__init__()
         _check(blocks, "blocks", blocks, "a row for at least one block")
         _check(activation in ACTIVATIONS, "activation", activation, ", ".join(ACTIVATIONS))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
+WRITING = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM  # cannot
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "notebooks" / "parameters"
 RUNS = ROOT / "notebooks" / "runs"
@@ -34,8 +35,9 @@ def short(path: Path) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The one to three known names most like a wrong one, and how many there are."""
     known, close = list(known), difflib.get_close_matches
-    found = " or ".join(close(name, known, 3, 0.5) or close(name, known, 3, 0))
-    return f"did you mean {found}? ({len(known)} are known)" if known else "none is known"
+    found = " or ".join(close(name, known, 3, 0.5) or known[: 3 * (len(known) < 6)])
+    meant = f"did you mean {found}? ({len(known)} are known)"
+    return meant if found else f"none of the {len(known)} known names is like it"
 
 
 def write_file(
@@ -73,7 +75,7 @@ def exit_with_message(kept: str) -> Iterator[None]:
         name = getattr(error, "filename", None)
         what = getattr(error, "strerror", None) or str(error) or "out of memory"
         where = f"{short(Path(name))}: " if name else ""
-        is_writing = getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EACCES)
+        is_writing = getattr(error, "errno", None) in WRITING
         remedy = "; make room, or use a copy of the project that you may write" * is_writing
         sys.exit(f"{where}{what}{remedy}.")
     except KeyboardInterrupt:

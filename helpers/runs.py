@@ -92,8 +92,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")).items())
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        kind = type(error).__name__
-        raise RunError(f"{short(path)} cannot be read ({kind}); restore it.") from None
+        why = f"{short(path)} cannot be read ({type(error).__name__})"
+        raise RunError(f"{why}; restore it, or delete its folder.") from None
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -115,7 +115,7 @@ def check_same_data(run: Run, images: ImageData) -> None:
 def load_network(run: Run) -> BlockNetwork:
     """A run's network, in evaluation mode; a RunError if its weights are not those it wrote."""
     path = run.folder / "weights.pt"
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         network = run.settings.network().to(memory_format=torch.channels_last)
     try:
         content = path.read_bytes()
@@ -238,8 +238,9 @@ class RunWriter:
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         self.lock.release()
-        if isinstance(error, RuntimeError) and "memory" in str(error):
-            remedy = "free some and start it again, or choose a smaller batch_size, fewer channels"
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if full or "allocate memory" in str(error):
+            remedy = "free some and start it again, or use fewer channels under another name"
             raise RunError(f"Run {self.name} ran out of memory; {remedy}.") from None
         if (self.folder / "metrics.json").is_file():
             (self.folder / ".lock").unlink(missing_ok=True)

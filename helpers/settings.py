@@ -133,14 +133,16 @@ def first_fault(error: ValidationError) -> str:
     what = fault["msg"].replace("Input should", "it should")
     if fault["type"] == "string_pattern_mismatch":
         what = "it should be of letters, digits, '.', '_' and '-', at most 100"
-    text = f"{value!s:.40}".strip("()[], ")
+    text = f"{value}".strip("()[], ").lower()
+    boolean = "False" if text in ("false", "no", "off", "0") else "True"
+    plain = re.fullmatch(r"[\d, ]{1,40}", text)
     remedies = {
-        "bool_type": f"-p {name} {text.lower() in ('true', 'yes', 'on', '1')}",
-        "list_type": f"-y '{{{name}: [{text}]}}'",
-        "string_type": f"-r {name} {text}",
+        "bool_type": f"papermill: -p {name} {boolean}",
+        "list_type": f"papermill: -y '{{{name}: [{text if plain else '…'}]}}'",
+        "string_type": f"papermill: -r {name} {value!s:.30}",
+        "float_type": "in YAML with a point: 1.0e-3",
     }
-    given = not inside and remedies.get(fault["type"])
-    remedy = f" (papermill: {given})" if given else ""
+    remedy = f" ({remedies[fault['type']]})" if not inside and fault["type"] in remedies else ""
     return f"Parameter {name}{where} = {value!r:.60}: {what}{remedy}."
 
 
@@ -152,7 +154,8 @@ def check_parameters(
     papermill only warns of a name that a notebook does not know, and runs on the defaults. So what
     the cells since the last check assign has to be a parameter; if nothing was run since, those of
     the last check. After a check that succeeded the story's own cells are run: from then on only
-    cells that assign a parameter count. A notebook that `takes` but a few refuses the others.
+    cells that assign a parameter count. A notebook that `takes` but a few refuses the others, and
+    none does without `preset` and `run`. What papermill's -f has read of a preset is read again.
     """
     known, cells, shell = Settings.model_fields.keys(), namespace.get("In", []), get_ipython()
     if shell is not None and namespace is shell.user_ns:
@@ -165,15 +168,15 @@ def check_parameters(
     for k, cell in enumerate(cells[begin:], begin):
         names = assigned(cell, is_last=k >= last)
         if not succeeded or names & known:
-            given |= names - {"_"}
+            given |= names - {"_", "__"}
     given &= namespace.keys()
     if foreign := given & known - set(takes):
         names = ", ".join(takes)
         raise ParameterError(f"Parameter {min(foreign)} is not one of this notebook: {names}.")
     settings = Settings(**{name: namespace[name] for name in sorted(given)})
     if missing := {"preset", "run"} & set(takes) - given:
-        raise ParameterError(f"Parameter {min(missing)} is not set; the parameters cell has to.")
-    if (PRESETS / f"{settings.preset}.yaml").exists():
+        raise ParameterError(f"Parameter {min(missing)} is not set; run the parameters cell.")
+    if settings.preset in {path.stem for path in PRESETS.glob("*.yaml")}:
         read_preset(settings.preset)  # papermill read it more leniently
     pick_precision(settings.precision, pick_device(settings.device))  # can this machine do it?
     namespace["_checked"] = begin, len(cells), True
@@ -198,20 +201,23 @@ def assigned(cell: str, is_last: bool = True) -> set[str]:
 
 
 class PlainYaml(yaml.SafeLoader):
-    """YAML that means what it seems to: no 012 for ten or 1:30 for ninety, no name given twice."""
+    """YAML without what means something else than it seems to: 012 is ten, 1:30 is ninety, and of
+    two lines with one name the last counts."""
+
+    def construct_number(self, node: yaml.ScalarNode) -> float:
+        if re.match(r"[-+]?0[0-9box_]|.*[:_]", node.value):
+            raise yaml.YAMLError(f"write {node.value!r:.40} in plain decimal digits")
+        return yaml.SafeLoader.yaml_constructors[node.tag](self, node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) < len(node.value):
-            raise yaml.YAMLError("a name is given twice")
-        return mapping
+        names = [key.value for key, _ in node.value]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise yaml.YAMLError(f"{min(twice)!r:.40} is given twice")
+        return super().construct_mapping(node, deep)
 
 
-PlainYaml.yaml_implicit_resolvers = {}
-number, fraction = "-?(0|[1-9][0-9]*)", r"(\.[0-9]*)?(e[-+]?[0-9]+)?"
-for kind, pattern in (("bool", "true|false"), ("int", number), ("float", number + fraction)):
-    tag = f"tag:yaml.org,2002:{kind}"
-    PlainYaml.add_implicit_resolver(tag, re.compile(f"({pattern})$"), list("tf-0123456789"))
+for kind in ("int", "float"):
+    PlainYaml.add_constructor(f"tag:yaml.org,2002:{kind}", PlainYaml.construct_number)
 
 
 def read_preset(name: str) -> dict[str, Any]:
@@ -223,10 +229,11 @@ def read_preset(name: str) -> dict[str, Any]:
         parameters = yaml.load(path.read_text(encoding="utf-8"), PlainYaml)
         Settings(**parameters)
     except ParameterError as error:
-        raise ParameterError(f"{short(path)}: {error}") from None
+        fault = re.sub(r" \(papermill: .*\)", "", str(error))
+        raise ParameterError(f"{short(path)}: {fault}") from None
     except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
         why = getattr(error, "problem", None) or error
-        raise ParameterError(f"{short(path)} cannot be read as YAML ({why!s:.80}).") from None
+        raise ParameterError(f"{short(path)} is no YAML of parameters ({why!s:.80}).") from None
     if parameters.get("preset") != name:
         raise ParameterError(f"{short(path)} must say preset: {name}.")
     return parameters

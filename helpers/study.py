@@ -66,8 +66,7 @@ def table() -> pd.DataFrame:
     """The study, one row per run: `variant`, `seed`, `accuracy` on validation images, that
     with another image's a (`accuracy_shuffled`) and with the mean a (`accuracy_mean`), `seconds` of
     training, `parameters`, `multiply_adds` per image."""
-    path = project.RUNS / "study.csv"
-    return runs.read_table(path) if path.exists() else pd.DataFrame(columns=["variant", "seed"])
+    return runs.read_table(project.RUNS / "study.csv")
 
 
 def ladder() -> pd.DataFrame:
@@ -120,7 +119,8 @@ def main() -> None:
     parser.add_argument("--cluster", help="address of a Dask cluster whose workers see this folder")
     options = parser.parse_args()
     with exit_with_message("the rows that are finished are kept"):
-        done = table()
+        path = project.RUNS / "study.csv"
+        done = table() if path.exists() else pd.DataFrame(columns=["variant", "seed"])
         there = set(zip(done["variant"], done["seed"], strict=True))
         missing = [run for run in planned() if run[:2] not in there]
         each = f"{done['seconds'].median() / 60:.0f}" if len(done) else "some"
@@ -138,7 +138,7 @@ def main() -> None:
             jobs = (joblib.delayed(run_one)(*run) for run in missing)
             for row in joblib.Parallel(return_as="generator_unordered")(jobs):
                 done = pd.concat([done, pd.DataFrame([row])], ignore_index=True)
-                write_file(project.RUNS / "study.csv", done.to_csv(index=False))
+                write_file(path, done.to_csv(index=False))
 
 
 if __name__ == "__main__":

@@ -134,11 +134,11 @@ def orthogonal(x: Tensor) -> Tensor:
     if x.shape[0] > x.shape[1]:
         return orthogonal(x.mT).mT
     x = x / (x.norm() + 1e-7)
-    gram, product = x @ x.mT, torch.eye(len(x)).to(x)
+    gram, product = x @ x.mT, torch.eye(len(x), device=x.device, dtype=x.dtype)
     for _ in range(3):
-        step = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        step.diagonal().add_(3.4445)
-        product, gram = step @ product, step @ gram @ step
+        polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        polynomial.diagonal().add_(3.4445)
+        product, gram = polynomial @ product, polynomial @ gram @ polynomial
     return product @ x
 
 
@@ -309,7 +309,7 @@ def recalibrate(network: BlockNetwork, training: ImageSet, settings: Settings) -
     some = training.subset(slice(RECALIBRATED))
     generator = torch.Generator().manual_seed(settings.seed)
     augmentation = Augmentation(len(some), generator, settings)
-    loader = data.training_loader(some, min(500, len(some)), augmentation, generator)
+    loader = data.training_loader(some, 500, augmentation, generator)
     update_bn((x for x, *_ in loader), network, some.images.device)
 
 

@@ -268,7 +268,11 @@ def test_the_training_loader_gives_every_image_once_in_even_batches(small: Image
     numbers, generator = torch.arange(5, 1006), seeded()
     loader = data.training_loader(small.train, 300, record, generator, 3, numbers)
     batches = list(loader)
-    assert [len(y) for _, y, _ in batches] == [334, 334, 333] and len(loader) == 3
+    assert [len(y) for _, y, _ in batches] == [251, 250, 250, 250] and len(loader) == 4
+    assert [
+        len(y)
+        for _, y, _ in data.training_loader(small.train, 2, record, generator, 3, numbers[:3])
+    ] == [3]
     x, y, index = map(torch.cat, zip(*batches))
     assert torch.equal(index.sort().values, numbers) and not torch.equal(index, numbers)
     assert torch.equal(x, data.normalise(small.train.images[index]))

@@ -187,6 +187,26 @@ def test_a_full_disk_is_said_and_the_training_goes_on(
     assert_same_bits(run.folder, undisturbed.folder)
 
 
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), RunError),
+        (MemoryError(), RunError),
+        (RuntimeError("CUDA error: an illegal memory access"), RuntimeError),
+    ],
+)
+def test_too_little_memory_is_said_in_a_sentence(
+    raised: Exception, seen: type, images: ImageData, records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(training, "train_step", full)
+    with pytest.raises(seen, match="memory") as error:
+        train(images, SETTINGS, silent)
+    assert type(error.value) is seen
+
+
 def test_muon_steps_along_the_orthogonal_factor() -> None:
     torch.manual_seed(0)
     for shape in ((8, 30), (30, 8)):

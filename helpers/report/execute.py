@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import sys
 import textwrap
 from pathlib import Path
@@ -55,7 +56,7 @@ def execute(
         stopped = f"in its cell [{error.exec_count}] with {said}"
     except DeadKernelError:
         stopped = "because its kernel died, perhaps out of memory"
-    except (NoSuchKernel, RuntimeError, ValueError, FileNotFoundError) as error:  # no kernel
+    except (NoSuchKernel, RuntimeError, json.JSONDecodeError) as error:  # no kernel
         raise ProjectError(
             f"{name} could not start the Jupyter kernel python3 ({str(error)[:80]}); "
             "install ipykernel, or unset JUPYTER_PREFER_ENV_PATH."
