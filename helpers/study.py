@@ -114,10 +114,10 @@ def compare(results: pd.DataFrame, base: str = BASE) -> pd.DataFrame:
     return compared.reindex([name for name in results["variant"].unique() if name != base])
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m helpers.study", description=__doc__)
     parser.add_argument("--cluster", help="address of a Dask cluster whose workers see this folder")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     with exit_with_message("the rows that are finished are kept"):
         path = project.RUNS / "study.csv"
         done = table() if path.exists() else pd.DataFrame(columns=["variant", "seed"])

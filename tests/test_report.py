@@ -20,7 +20,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image
 from torchvision.transforms import v2
 
-from helpers import data, evaluation, runs
+from helpers import data, evaluation, runs, study
 from helpers.project import ROOT, ProjectError
 from helpers.report import __main__ as report
 from helpers.report import bench, execute, handin, pages, pdf
@@ -187,7 +187,7 @@ def test_a_kernel_that_does_not_start_is_told_in_a_sentence(
 # ---- the commands
 
 
-@pytest.mark.parametrize("module", [report, bench, handin])
+@pytest.mark.parametrize("module", [report, bench, handin, study])
 def test_commands_have_help_and_refuse_what_they_do_not_know(
     module: object, capsys: pytest.CaptureFixture
 ) -> None:
@@ -196,7 +196,7 @@ def test_commands_have_help_and_refuse_what_they_do_not_know(
             module.main(arguments)
         assert stop.value.code == status
     printed = capsys.readouterr()
-    assert "usage: python -m helpers.report" in printed.out and "--wrong" in printed.err
+    assert "usage: python -m helpers" in printed.out and "--wrong" in printed.err
 
 
 @pytest.mark.parametrize(
