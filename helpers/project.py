@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-WRITING = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM  # cannot
+WRITING = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "notebooks" / "parameters"
 RUNS = ROOT / "notebooks" / "runs"

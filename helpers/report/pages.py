@@ -1,5 +1,5 @@
 """Pages that a browser shows offline: the notebooks, an overview that leads with the result, and
-the explorer of single test images."""
+the explorer of single test images; and the README's table of results."""
 
 from __future__ import annotations
 
