@@ -3,6 +3,7 @@
 PRESET ?= small
 SEED ?= 0
 ONLY ?=
+GROUP ?= a
 PYTHON ?= python3
 
 BIN := .venv/bin
@@ -36,8 +37,8 @@ lab: $(READY)  ## open the notebooks in JupyterLab
 bench: $(READY)  ## measure training steps on an idle machine: under ten minutes
 	@$(BIN)/python -m helpers.report.bench
 
-study: $(READY)  ## does a matter? train the runs of the study that are missing
-	@$(BIN)/python -m helpers.study
+study: $(READY)  ## train what is missing of a group in notebooks/runs/study.yaml: GROUP=a (or recipes)
+	@$(BIN)/python -m helpers.study "$(GROUP)"
 
 soak: $(READY)  ## kill a run a hundred times: are its bits those of an undisturbed one?
 	@$(BIN)/python tests/soak.py

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -65,6 +66,7 @@ def write_file(
 def exit_with_message(kept: str) -> Iterator[None]:
     """Report errors that a user can cause in one sentence, with status 1; `kept` is said when the
     command is stopped from the keyboard."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # printing never fails
     try:

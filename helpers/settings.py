@@ -9,6 +9,7 @@ import timeit
 from collections.abc import Sequence
 from functools import cache, partial
 from itertools import takewhile
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -220,20 +221,26 @@ for kind in ("int", "float"):
     PlainYaml.add_constructor(f"tag:yaml.org,2002:{kind}", PlainYaml.construct_number)
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """What a YAML file says; a ParameterError if it cannot be read, or means something else."""
+    try:
+        return dict(yaml.load(path.read_text(encoding="utf-8"), PlainYaml))
+    except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
+        why = getattr(error, "problem", None) or error
+        raise ParameterError(f"{short(path)} is no YAML of parameters ({why!s:.80}).") from None
+
+
 def read_preset(name: str) -> dict[str, Any]:
     """The parameters that a preset gives: those in which it differs from the defaults."""
     path, known = PRESETS / f"{name}.yaml", [path.stem for path in PRESETS.glob("*.yaml")]
     if name not in known:
         raise ParameterError(f"There is no preset {name!r:.60}: {did_you_mean(name, known)}.")
+    parameters = read_yaml(path)
     try:
-        parameters = yaml.load(path.read_text(encoding="utf-8"), PlainYaml)
         Settings(**parameters)
-    except ParameterError as error:
+    except (ParameterError, TypeError) as error:
         fault = re.sub(r" \(papermill: .*\)", "", str(error))
         raise ParameterError(f"{short(path)}: {fault}") from None
-    except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
-        why = getattr(error, "problem", None) or error
-        raise ParameterError(f"{short(path)} is no YAML of parameters ({why!s:.80}).") from None
     if parameters.get("preset") != name:
         raise ParameterError(f"{short(path)} must say preset: {name}.")
     return parameters

@@ -1,7 +1,7 @@
-"""Does a matter? Variants of one small network, trained from several seeds: `make study`.
+"""Variants of one network, trained from several seeds and compared: `make study`.
 
-Each run is judged by 5,000 validation images and becomes a row of `notebooks/runs/study.csv`; what
-is there is not run again. The ladder, one row a step, is in `notebooks/runs/ladder.csv`.
+`notebooks/runs/study.yaml` lists them in groups. Each run is judged by 5,000 validation images and
+becomes a row of `study.csv` beside it; what is there is not run again.
 """
 
 from __future__ import annotations
@@ -18,55 +18,48 @@ from statsmodels.formula.api import ols
 from helpers import data, evaluation, project, runs, training
 from helpers.model import layer_table
 from helpers.project import ProjectError, exit_with_message, write_file
-from helpers.settings import Settings
-
-BASE = "softmax"
+from helpers.settings import Settings, read_yaml
 
 
-def branches(*kernels: int, wider: int = 1) -> dict[str, Any]:
-    """The blocks of the preset `small` with these branches, and so many times as wide."""
-    changes = {"kernels": [*kernels]}
-    rows = [block.model_dump() | changes for block in Settings().blocks]
-    return {"blocks": [row | {"channels": wider * row["channels"]} for row in rows]}
+def plans() -> dict[str, dict[str, Any]]:
+    """The groups: of each its `seeds`, what all its runs share (`all`), and its `variants`."""
+    return read_yaml(project.RUNS / "study.yaml")
 
 
-COMMON = branches(3, 3, 3, 3) | {
-    "preset": "study", "validation": 5000, "train_images": 20_000, "epochs": 4,
-    "first_sizes": [16, 16, 16], "gate": "softmax", "gate_learning_rate": 0.014,
-}  # fmt: skip
-SLOWLY = {"learning_rate": 0.007, "adam_learning_rate": 0.0014, "gate_learning_rate": 0.0014}
-
-# Variant → what it is in words, and the parameters in which it differs from COMMON.
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "softmax": ("four 3×3 branches, softmax a", {}),
-    "sigmoid": ("sigmoid a", {"gate": "sigmoid"}),
-    "linear": ("linear a, at a tenth of all rates", {"gate": "linear"} | SLOWLY),
-    "constant": ("learned a, the same for all images", {"gate": "constant"}),
-    "uniform": ("a = 1/L", {"gate": "uniform"}),
-    "one": ("one branch", branches(3)),
-    "two": ("two branches", branches(3, 3)),
-    "eight": ("eight branches", branches(*[3] * 8)),
-    "one-same-parameters": ("one branch, as many parameters", branches(3, wider=2)),
-    "kernels-1-3": ("two 3×3 and two 1×1 branches", branches(3, 3, 1, 1)),
-}
-WORDS = {name: words for name, (words, _) in VARIANTS.items()}
-SEEDS = dict.fromkeys(("softmax", "constant", "uniform", "one"), 8)  # of the others: 3
+def six_blocks(kernels: list[int], widths: list[int]) -> list[dict[str, Any]]:
+    """The rows of six blocks as in the presets: two of each width, the first with pooling."""
+    return [{"channels": c, "kernels": kernels, "pool": p} for c in widths for p in (True, False)]
 
 
-def planned() -> Iterator[tuple[str, int, Settings]]:
-    """Every run: variant, seed and parameters; a seed of all variants before the next."""
-    for seed in range(max(SEEDS.values())):
-        for variant, (_, changes) in VARIANTS.items():
-            if seed < SEEDS.get(variant, 3):
-                own = {"seed": seed, "run": f"study-{variant}-seed{seed}"}
-                yield variant, seed, Settings(**COMMON | changes | own)
+def planned(group: str) -> Iterator[tuple[str, int, Settings]]:
+    """Every run of a group: variant, seed and parameters; a seed of all variants before the next.
+
+    `kernels` and `widths` stand for the `blocks`, `sizes` for the numbers of epochs at 16, 24 and
+    32 pixels, and `words` say what a variant is.
+    """
+    plan = plans()[group]
+    for seed in plan["seeds"]:
+        for variant, changes in plan["variants"].items():
+            given = {"validation": 5000, "preset": "study", "seed": seed, **plan["all"], **changes}
+            blocks = six_blocks(given.pop("kernels"), given.pop("widths"))
+            at_16, at_24, at_32 = given.pop("sizes")
+            given |= {"epochs": at_16 + at_24 + at_32, "first_sizes": [16] * at_16 + [24] * at_24}
+            del given["words"]
+            if seed in given.pop("seeds", plan["seeds"]):
+                run = f"study-{group}-{variant}-seed{seed}"
+                yield variant, seed, Settings(**{"run": run, "blocks": blocks} | given)
 
 
-def table() -> pd.DataFrame:
-    """The study, one row per run: `variant`, `seed`, `accuracy` on validation images, that
-    with another image's a (`accuracy_shuffled`) and with the mean a (`accuracy_mean`), `seconds` of
-    training, `parameters`, `multiply_adds` per image."""
-    return runs.read_table(project.RUNS / "study.csv")
+def table(group: str) -> pd.DataFrame:
+    """The runs of a group that are on record, a row for each, in the order of the plan: `variant`,
+    its `words`, `seed`, `accuracy` on validation images, that with another image's a
+    (`accuracy_shuffled`) and with the mean a (`accuracy_mean`), `seconds` of training,
+    `parameters`, `multiply_adds` per image."""
+    rows = runs.read_table(project.RUNS / "study.csv")
+    words = {name: variant["words"] for name, variant in plans()[group]["variants"].items()}
+    rows = rows[(rows["group"] == group) & rows["variant"].isin(words)].drop(columns="group")
+    rows.insert(1, "words", rows["variant"].map(words))
+    return rows.sort_values("variant", key=lambda names: names.map([*words].index), kind="stable")
 
 
 def ladder() -> pd.DataFrame:
@@ -75,7 +68,7 @@ def ladder() -> pd.DataFrame:
     return runs.read_table(project.RUNS / "ladder.csv")
 
 
-def run_one(variant: str, seed: int, settings: Settings) -> dict[str, Any]:
+def run_one(group: str, variant: str, seed: int, settings: Settings) -> dict[str, Any]:
     """Train one run; its row of the table. The record is deleted."""
     images = data.load_data()
     if images.name != "cifar10":
@@ -89,42 +82,44 @@ def run_one(variant: str, seed: int, settings: Settings) -> dict[str, Any]:
         accuracies[f"accuracy_{what}"] = evaluation.accuracy(logits, validation.labels)
     shutil.rmtree(run.folder)
     return {
-        "variant": variant, "seed": seed,
+        "group": group, "variant": variant, "seed": seed,
         "accuracy": run.metrics["validation_accuracy"], **accuracies,
-        "seconds": run.metrics["train_seconds"], "parameters": run.metrics["parameters"],
+        "seconds": round(run.metrics["train_seconds"], 1), "parameters": run.metrics["parameters"],
         "multiply_adds": layer_table(settings.network())["multiply_adds"].sum(),
     }  # fmt: skip
 
 
-def compare(results: pd.DataFrame, base: str = BASE) -> pd.DataFrame:
-    """The difference of every variant to `base`, with intervals that hold together at 95 %: a row
-    for each with its `words`, `difference`, `low`, `high` (fractions), and `n` seeds.
+def compare(results: pd.DataFrame) -> pd.DataFrame:
+    """The difference of every variant to the first one, with intervals that hold together at 95 %:
+    a row for each with its `words`, `difference`, `low`, `high` (fractions), and `n` seeds.
 
     A seed gives all variants the same order and augmentation of images. So accuracy = variant +
     seed + rest is fitted by least squares; the rest of all runs gives one standard deviation, and
     Student's intervals are widened for the number of comparisons (Bonferroni).
     """
+    base, *others = results["variant"].unique()
     fit = ols(f"accuracy ~ C(variant, Treatment({base!r})) + C(seed)", results).fit()
     found = fit.params.filter(regex="variant")
     intervals = fit.conf_int(0.05 / len(found)).loc[found.index]
     variants = found.index.str.extract(r"\[T\.(.*)\]", expand=False)
     compared = pd.DataFrame({"difference": found, "low": intervals[0], "high": intervals[1]})
     compared = compared.set_index(variants).assign(n=results["variant"].value_counts())
-    compared.insert(0, "words", [WORDS.get(name, name) for name in variants])
-    return compared.reindex([name for name in results["variant"].unique() if name != base])
+    compared.insert(0, "words", results.groupby("variant")["words"].first())
+    return compared.loc[others]
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m helpers.study", description=__doc__)
     parser.add_argument("--cluster", help="address of a Dask cluster whose workers see this folder")
-    options = parser.parse_args(arguments)
     with exit_with_message("the rows that are finished are kept"):
+        parser.add_argument("group", nargs="?", default="a", choices=plans(), help="which runs")
+        options = parser.parse_args(arguments)
         path = project.RUNS / "study.csv"
-        done = table() if path.exists() else pd.DataFrame(columns=["variant", "seed"])
-        there = set(zip(done["variant"], done["seed"], strict=True))
-        missing = [run for run in planned() if run[:2] not in there]
-        each = f"{done['seconds'].median() / 60:.0f}" if len(done) else "some"
-        print(f"{len(missing)} runs are missing, of {each} minutes each.")
+        done, group = runs.read_table(path), options.group
+        there = set(done[["group", "variant", "seed"]].itertuples(index=False, name=None))
+        missing = [(group, *run) for run in planned(group) if (group, *run[:2]) not in there]
+        minutes = done.loc[done["group"] == group, "seconds"].mean() / 60
+        print(f"{len(missing)} runs are missing; one takes {minutes:.0f} minutes on average.")
         backend: dict[str, Any] = {"backend": "sequential"}
         if options.cluster:
             from distributed import Client

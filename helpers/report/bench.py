@@ -20,18 +20,20 @@ import torch
 from helpers.project import BENCHMARKS, exit_with_message, short, write_file
 from helpers.runs import surroundings
 from helpers.settings import Settings, pick_precision
-from helpers.study import branches
+from helpers.study import six_blocks
 from helpers.training import make_optimizers, train_step
 
 ROUNDS = 11
 KINDS = ("reference", "auto")
 COMPARED = {  # what → its cases: implementation and parameters
     "reference step, six 3×3 convolutions, 64 64 256 ×4, batch 500": [
-        ("reference", Settings(**branches(3, wider=2), batch_size=500))
+        ("reference", Settings(blocks=six_blocks([3], [64, 256, 256]), batch_size=500))
     ],
     "step of the preset small, batch 250": [(kind, Settings()) for kind in KINDS],
     "step with L branches of 3×3, batch 250": [
-        (kind, Settings(**branches(*[3] * L))) for kind in KINDS for L in (1, 2, 4, 8)
+        (kind, Settings(blocks=six_blocks([3] * L, [32, 128, 128])))
+        for kind in KINDS
+        for L in (1, 2, 4, 8)
     ],
 }
 
