@@ -23,7 +23,7 @@ from helpers.report.execute import NOTEBOOKS, SEQUENCE, execute, submitted
 from helpers.report.pdf import make_pdf
 
 HANDIN = ROOT / "handin"
-FILES = "helpers/*.py", "helpers/*.cpp", "notebooks/runs/*.csv", "notebooks/benchmarks/*.csv"
+FILES = "helpers/*.py", "helpers/*.cpp", "notebooks/runs/*.[cy]*", "notebooks/benchmarks/*.csv"
 INTRODUCTION = """# CIFAR-10 with input-weighted convolution blocks
 
 **{test_accuracy:.2%} test accuracy** ({test_accuracy_tta:.2%} with six views), run `{run}`.
