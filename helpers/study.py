@@ -20,6 +20,8 @@ from helpers.model import layer_table
 from helpers.project import ProjectError, exit_with_message, write_file
 from helpers.settings import Settings, read_yaml
 
+OF_PLAN = {"words", "seeds", "kernels", "widths", "sizes"}  # in a plan, and no parameters
+
 
 def plans() -> dict[str, dict[str, Any]]:
     """The groups: of each its `seeds`, what all its runs share (`all`), and its `variants`."""
@@ -35,19 +37,20 @@ def planned(group: str) -> Iterator[tuple[str, int, Settings]]:
     """Every run of a group: variant, seed and parameters; a seed of all variants before the next.
 
     `kernels` and `widths` stand for the `blocks`, `sizes` for the numbers of epochs at 16, 24 and
-    32 pixels, and `words` say what a variant is.
+    32 pixels, and `words` say what a variant is. In a ladder each step keeps those before it.
     """
     plan = plans()[group]
     for seed in plan["seeds"]:
+        common = plan["all"] | {"validation": 5000, "preset": "study", "seed": seed}
         for variant, changes in plan["variants"].items():
-            given = {"validation": 5000, "preset": "study", "seed": seed, **plan["all"], **changes}
-            blocks = six_blocks(given.pop("kernels"), given.pop("widths"))
-            at_16, at_24, at_32 = given.pop("sizes")
-            given |= {"epochs": at_16 + at_24 + at_32, "first_sizes": [16] * at_16 + [24] * at_24}
-            del given["words"]
-            if seed in given.pop("seeds", plan["seeds"]):
-                run = f"study-{group}-{variant}-seed{seed}"
-                yield variant, seed, Settings(**{"run": run, "blocks": blocks} | given)
+            given = common | {"run": f"study-{group}-{variant}-seed{seed}"} | changes
+            common = given if plan.get("ladder") else common
+            sizes, blocks = given["sizes"], six_blocks(given["kernels"], given["widths"])
+            own = {name: given[name] for name in given.keys() - OF_PLAN}
+            own["blocks"] = own.get("blocks") or blocks
+            own |= {"epochs": sum(sizes), "first_sizes": [16] * sizes[0] + [24] * sizes[1]}
+            if seed in given.get("seeds", plan["seeds"]):
+                yield variant, seed, Settings(**own)
 
 
 def table(group: str) -> pd.DataFrame:
@@ -118,8 +121,8 @@ def main(arguments: list[str] | None = None) -> None:
         done, group = runs.read_table(path), options.group
         there = set(done[["group", "variant", "seed"]].itertuples(index=False, name=None))
         missing = [(group, *run) for run in planned(group) if (group, *run[:2]) not in there]
-        minutes = done.loc[done["group"] == group, "seconds"].mean() / 60
-        print(f"{len(missing)} runs are missing; one takes {minutes:.0f} minutes on average.")
+        hours = len(missing) * done.loc[done["group"] == group, "seconds"].mean() / 3600
+        print(f"{len(missing)} runs are missing" + f"; about {hours:.1f} hours" * (hours >= 0))
         backend: dict[str, Any] = {"backend": "sequential"}
         if options.cluster:
             from distributed import Client
@@ -132,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
         with joblib.parallel_config(**backend):
             jobs = (joblib.delayed(run_one)(*run) for run in missing)
             for row in joblib.Parallel(return_as="generator_unordered")(jobs):
-                done = pd.concat([done, pd.DataFrame([row])], ignore_index=True)
+                done = pd.concat([runs.read_table(path), pd.DataFrame([row])])
                 write_file(path, done.to_csv(index=False))
 
 
