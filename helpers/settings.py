@@ -74,8 +74,8 @@ class Settings(Strict):
     normalise: bool = True
     activation: Literal["none", "relu", "gelu", "silu"] = "silu"
 
-    epochs: int = Field(6, ge=1, le=10_000)
-    first_sizes: list[Size] = Field([16, 16], strict=False)
+    epochs: int = Field(8, ge=1, le=10_000)
+    first_sizes: list[Size] = Field([16, 16, 16], strict=False)
     batch_size: int = Field(250, ge=2, le=TRAINING_IMAGES)
     learning_rate: Rate = 0.07
     momentum: Share = 0.85
@@ -87,7 +87,7 @@ class Settings(Strict):
     flip: bool = True
     cutout: Pixels = 0
     trivial_augment: float = Field(0.0, ge=0, le=1)
-    skip_easy: Share = 0.0
+    skip_easy: Share = 0.5
 
     def __init__(self, **given: Any) -> None:
         """Raises a ParameterError for the first value that cannot be used."""

@@ -16,7 +16,7 @@ from helpers.data import ImageData
 from helpers.runs import RunError, RunWriter
 from helpers.settings import Settings
 
-SETTINGS = Settings(blocks=[{"channels": 8, "kernels": [3]}], epochs=3, device="cpu")
+SETTINGS = Settings(blocks=[{"channels": 8, "kernels": [3]}], epochs=4, device="cpu")
 ROW = {"epoch": 1, "size": 32, "loss": 1.0, "test_accuracy": 0.5, "seconds": 1.0}
 METRICS = {
     "dataset": "cifar10", "preset": "small", "seed": 0, "epochs": 1, "test_accuracy": 0.9,
@@ -149,7 +149,7 @@ def test_names_that_are_taken_get_a_number(records: Path) -> None:
     (records / "small-seed0" / "weights.pt").unlink()
     with RunWriter(SETTINGS, "cifar10") as other:
         assert other.name == "small-seed0-2"
-    changed = Settings(**SETTINGS.model_dump() | {"epochs": 4})
+    changed = Settings(**SETTINGS.model_dump() | {"epochs": 5})
     with RunWriter(changed, "cifar10") as third:
         assert third.name == "small-seed0-3"
 
