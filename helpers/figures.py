@@ -275,18 +275,20 @@ def accuracy_by_epoch(history: DataFrame, published: float | None = None) -> Fig
 
 
 # ---- 04 analysis
-def accuracy_by_time(results: DataFrame, peers: DataFrame) -> Figure:
-    """Test accuracy against minutes of training, of this project's recipes and of others."""
-    drawn, axes = _axes("minutes of training", "test accuracy in % (bars: ± sd)", height=4.2)
+def accuracy_by_time(results: DataFrame, peers: DataFrame, published: float) -> Figure:
+    """Test accuracy against reference epochs of training, of this project's presets and of others;
+    a line for the published report, whose machine is not known."""
+    drawn, axes = _axes("training time in reference epochs", "test accuracy in % (bars: ± sd)", 4.2)
     for label, table, colour in (("this project", results, TEST), ("others", peers, REFERENCE)):
-        x, y, deviation = table["minutes"], 100 * table["accuracy"], 100 * table["deviation"]
-        axes.errorbar(x, y, deviation, fmt="o", color=colour, label=label)
-        for *point, name, n in zip(x, y, table["name"], table["n"]):
+        x, y, deviation = (table[name] for name in ("reference_epochs", "accuracy", "deviation"))
+        axes.errorbar(x, 100 * y, 100 * deviation, fmt="o", color=colour, label=label)
+        for *point, name, n in zip(x, 100 * y, table["name"], table["n"]):
             style = {"textcoords": "offset points", "va": "center", "fontsize": 10}
             axes.annotate(f"{name} (n = {n:g})", point, (8, 0), **style)
+    axes.axhline(100 * published, label="published report", **DASHED)
     axes.set(xscale="log", xmargin=0.35, ymargin=0.12)  # room for the last one's label
     axes.xaxis.set(major_locator=LogLocator(subs=(1, 3)), major_formatter="{x:g}")
-    drawn.legend(loc="outside upper center", ncols=2)
+    drawn.legend(loc="outside upper center", ncols=3)
     return drawn
 
 

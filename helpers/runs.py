@@ -146,6 +146,19 @@ def hardware_of(run: Run) -> str:
     return f"{cores} ({made_on['processor']}, {made_on['precision']})"
 
 
+def reference_epochs(run: Run) -> float:
+    """A run's training time in epochs of the plain network of six 3×3 convolutions at 32 pixels, as
+    `make bench` measured them on its machine: in them machines compare. NaN if not measured."""
+    made_on = run.metrics["hardware"]
+    machine = f"{made_on.get('processor')}, {made_on.get('threads')} threads"
+    for path in project.BENCHMARKS.glob("*-threads.csv"):
+        for row in read_table(path).itertuples():
+            found = (row.machine, row.precision) == (machine, made_on["precision"])
+            if found and row.what.startswith("reference") and made_on["device"] == "cpu":
+                return run.metrics["train_seconds"] / (row.milliseconds / 10)
+    return float("nan")
+
+
 NUMBERS = ("test_accuracy", "test_accuracy_tta", "train_seconds", "parameters")
 
 
@@ -174,15 +187,19 @@ def seeds_of(run: Run) -> pd.DataFrame:
 def results() -> pd.DataFrame:
     """What the recipes on record reach on all of CIFAR-10; a row for each recipe and machine, the
     quickest first: `preset`, `hardware` in words, `n` seeds, mean `accuracy` ± `deviation`, `tta`
-    (six views; fractions) and `minutes` of training."""
+    (six views; fractions), `minutes` and `reference_epochs` of training."""
     subset = ("validation", "train_images", "test_images")
     whole = [run for run in finished() if not any(map(run.config.get, subset))]
-    rows = table([run for run in whole if run.metrics["dataset"] == "cifar10"])
-    groups = rows.assign(minutes=rows["train_seconds"] / 60).groupby(["recipe", "hardware"])
-    means = groups.agg(
+    whole = {run.name: run for run in whole if run.metrics["dataset"] == "cifar10"}
+    rows = table([*whole.values()])
+    rows = rows.assign(
+        minutes=rows["train_seconds"] / 60,
+        reference_epochs=[reference_epochs(whole[name]) for name in rows["run"]],
+    )
+    means = rows.groupby(["recipe", "hardware"]).agg(
         preset=("preset", "first"), n=("run", "size"), accuracy=("test_accuracy", "mean"),
         deviation=("test_accuracy", "std"), tta=("test_accuracy_tta", "mean"),
-        minutes=("minutes", "mean"),
+        minutes=("minutes", "mean"), reference_epochs=("reference_epochs", "mean"),
     )  # fmt: skip
     return means.reset_index("hardware").sort_values("minutes", ignore_index=True)
 

@@ -32,7 +32,9 @@ BATCHES = pd.DataFrame({"epoch": np.repeat(range(1, 7), 10), "loss": np.linspace
 HISTORY = pd.DataFrame({"epoch": range(1, 7), "size": [16, 16, 24, 32, 32, 32]})
 HISTORY["test_accuracy"] = [0.5, 0.7, 0.8, 0.9, 0.91, 0.93]
 HISTORY[["training_accuracy_running", "training_accuracy", "validation_accuracy"]] = np.nan
-T = pd.DataFrame({"name": ["a", "b"], "minutes": [3, 200], "n": 3, "accuracy": 0.9, "deviation": 0})
+T = pd.DataFrame(
+    {"name": ["a", "b"], "reference_epochs": [3, 200], "n": 3, "accuracy": 0.9, "deviation": 0}
+)
 SEEDS = pd.DataFrame({"seed": [0, 1], "test_accuracy": [0.9, 0.91], "test_accuracy_tta": 0.92})
 LADDER = pd.DataFrame({"step": list("abc"), "kept": [1, 0, 1], "accuracy": [0.5, 0.4, 0.75]})
 CORRUPTED = pd.DataFrame({"corruption": ["blur", "noise"] * 2, "step": [0, 0, 1, 1], "images": 40})
@@ -47,8 +49,8 @@ CALLS = [
     ("block_diagram",), ("network_diagram", BlockNetwork(BLOCKS, stem_filters=6)),
     ("branch_cost", BENCH), ("losses", [2, 1]), ("schedules", [1, 0], [16, 32]),
     ("batch_losses", BATCHES, HISTORY["size"]), ("accuracy_by_epoch", HISTORY, 0.8851),
-    ("accuracy_by_epoch", HISTORY[:1]), ("accuracy_by_time", T, T), ("study", STUDY),
-    ("accuracy_by_time", T[:0], T[:0]), ("seeds", SEEDS), ("seeds", SEEDS[:1]),
+    ("accuracy_by_epoch", HISTORY[:1]), ("accuracy_by_time", T, T, 0.88), ("study", STUDY),
+    ("accuracy_by_time", T[:0], T, 0.88), ("seeds", SEEDS), ("seeds", SEEDS[:1]),
     ("ladder", LADDER), ("confusion", COUNTS, CLASSES), ("reliability", calibration(*PREDICTED)),
     ("class_accuracies", class_table(COUNTS, CLASSES)), ("selective", selective(*PREDICTED)),
     ("robustness", CORRUPTED), ("weights", A[2], KERNELS[2]), ("weights", A[4], KERNELS[4]),

@@ -161,7 +161,12 @@ def test_a_folder_that_cannot_be_written_is_said(records: Path) -> None:
         pass
 
 
-def test_tables_average_over_seeds_of_one_recipe_and_machine(records: Path) -> None:
+def test_tables_average_over_seeds_of_one_recipe_and_machine(
+    records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(project, "BENCHMARKS", records)
+    row = "machine,precision,what,milliseconds\n{}, 2 threads\",float32,reference step,200\n"
+    (records / "x-2-threads.csv").write_text(row.format('"X'), encoding="utf-8")
     assert runs.results().empty
     make("a", 0.90)
     make("b", 0.92, seed=1)
@@ -171,6 +176,7 @@ def test_tables_average_over_seeds_of_one_recipe_and_machine(records: Path) -> N
     assert table["n"].tolist() == [2, 1]
     assert table["accuracy"].tolist() == pytest.approx([0.91, 0.95])
     assert table["deviation"].iloc[0] == pytest.approx(0.02 / 2**0.5)
+    assert table["reference_epochs"].tolist() == [METRICS["train_seconds"] / 20] * 2
     assert runs.seeds_of(runs.read("b"))["run"].tolist() == ["a", "b"]
 
 

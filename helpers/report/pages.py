@@ -35,8 +35,8 @@ TEMPLATES = FileSystemLoader(Path(__file__).parent)
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
 HEAD = """\
-| what | hardware | minutes | test accuracy in % | with six views | n |
-|:--|:--|--:|--:|--:|--:|
+| what | hardware | minutes | reference epochs | test accuracy in % | with six views | n |
+|:--|:--|--:|--:|--:|--:|--:|
 """
 
 
@@ -127,13 +127,15 @@ def results_table() -> str:
     rows = [HEAD]
     for what, table in (("", runs.results()), ("best earlier recipe, ", best)):
         for row in table.itertuples():
+            known = getattr(row, "reference_epochs", float("nan"))
+            epochs = "" if pd.isna(known) else f"{known:.1f}"
             deviation = "" if pd.isna(row.deviation) else f" ± {100 * row.deviation:.2f}"
             rows.append(
-                f"| {what}`{row.preset}` | {row.hardware} | {row.minutes:.1f} "
+                f"| {what}`{row.preset}` | {row.hardware} | {row.minutes:.1f} | {epochs} "
                 f"| {100 * row.accuracy:.2f}{deviation} | {100 * row.tta:.2f} | {row.n} |\n"
             )
     minutes, accuracy = evaluation.PUBLISHED_MINUTES, 100 * evaluation.PUBLISHED
-    rows.append(f"| published report | a GPU | {minutes} | {accuracy:.2f} | | 1 |\n")
+    rows.append(f"| published report | a GPU | {minutes} | | {accuracy:.2f} | | 1 |\n")
     return "".join(rows)
 
 
