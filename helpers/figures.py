@@ -279,12 +279,13 @@ def accuracy_by_time(results: DataFrame, peers: DataFrame, published: float) -> 
     """Test accuracy against reference epochs of training, of this project's presets and of others;
     a line for the published report, whose machine is not known."""
     drawn, axes = _axes("training time in reference epochs", "test accuracy in % (bars: ± sd)", 4.2)
-    for label, table, colour in (("this project", results, TEST), ("others", peers, REFERENCE)):
+    kinds = ("this project", results, TEST, "bottom"), ("others", peers, REFERENCE, "top")
+    for label, table, colour, side in kinds:
         x, y, deviation = (table[name] for name in ("reference_epochs", "accuracy", "deviation"))
         axes.errorbar(x, 100 * y, 100 * deviation, fmt="o", color=colour, label=label)
-        for *point, name, n in zip(x, 100 * y, table["name"], table["n"]):
-            style = {"textcoords": "offset points", "va": "center", "fontsize": 10}
-            axes.annotate(f"{name} (n = {n:g})", point, (8, 0), **style)
+        for *point, name in zip(x, 100 * y, table["name"]):
+            style = {"textcoords": "offset points", "va": side, "fontsize": 10}
+            axes.annotate(name, point, (7, 0), **style)
     axes.axhline(100 * published, label="published report", **DASHED)
     axes.set(xscale="log", xmargin=0.35, ymargin=0.12)  # room for the last one's label
     axes.xaxis.set(major_locator=LogLocator(subs=(1, 3)), major_formatter="{x:g}")
