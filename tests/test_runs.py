@@ -165,7 +165,7 @@ def test_tables_average_over_seeds_of_one_recipe_and_machine(
     records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(project, "BENCHMARKS", records)
-    row = "machine,precision,what,milliseconds\n{}, 2 threads\",float32,reference step,200\n"
+    row = 'machine,precision,what,milliseconds\n{}, 2 threads",float32,reference step,200\n'
     (records / "x-2-threads.csv").write_text(row.format('"X'), encoding="utf-8")
     assert runs.results().empty
     make("a", 0.90)
