@@ -96,11 +96,13 @@ def read_json(path: Path) -> dict[str, Any]:
         raise RunError(f"{why}; restore it, or delete its folder.") from None
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """A table of earlier results; a RunError if it cannot be read."""
+def read_table(path: Path, *columns: str) -> pd.DataFrame:
+    """A table of earlier results; a RunError if it cannot be read or lacks one of the columns."""
     try:
-        return pd.read_csv(path)
-    except (OSError, ValueError) as error:
+        table = pd.read_csv(path)
+        table[list(columns)]
+        return table
+    except (OSError, ValueError, KeyError) as error:
         kind = type(error).__name__
         raise RunError(f"{short(path)} cannot be read ({kind}); restore it.") from None
 

@@ -41,6 +41,15 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+class Checked(Strict):
+    def __init__(self, **given: Any) -> None:
+        """Raises a ParameterError for the first value that cannot be used."""
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            raise ParameterError(first_fault(error)) from None
+
+
 class Block(Strict):
     """A row of `Settings.blocks`: one intermediate block, and what follows it."""
 
@@ -55,7 +64,7 @@ class Block(Strict):
 SMALL = [Block(channels=c, kernels=[3, 1], pool=p) for c in (32, 128, 128) for p in (True, False)]
 
 
-class Settings(Strict):
+class Settings(Checked):
     """Every parameter of a run, as the preset `small` has it; notebook 03 says what each is."""
 
     preset: str = Field("small", pattern=f"^{NAME}$")
@@ -90,11 +99,8 @@ class Settings(Strict):
     skip_easy: Share = 0.5
 
     def __init__(self, **given: Any) -> None:
-        """Raises a ParameterError for the first value that cannot be used."""
-        try:
-            super().__init__(**given)
-        except ValidationError as error:
-            raise ParameterError(first_fault(error)) from None
+        """Raises a ParameterError, also for values that do not go together."""
+        super().__init__(**given)
         size, fault = min([IMAGE_SIZE, *self.first_sizes]), ""
         if self.train_images + self.validation > TRAINING_IMAGES:
             fault = f"train_images and validation: there are {TRAINING_IMAGES} images in all"

@@ -13,19 +13,50 @@ from typing import Any
 
 import joblib
 import pandas as pd
+from pydantic import Field
 from statsmodels.formula.api import ols
 
 from helpers import data, evaluation, project, runs, training
 from helpers.model import layer_table
 from helpers.project import ProjectError, exit_with_message, write_file
-from helpers.settings import Settings, read_yaml
+from helpers.settings import Checked, ParameterError, Settings, read_yaml
 
-OF_PLAN = {"words", "seeds", "kernels", "widths", "sizes"}  # in a plan, and no parameters
+KEY = ["group", "variant", "seed"]
 
 
-def plans() -> dict[str, dict[str, Any]]:
-    """The groups: of each its `seeds`, what all its runs share (`all`), and its `variants`."""
-    return read_yaml(project.RUNS / "study.yaml")
+class Plan(Checked):
+    """A group of `study.yaml`: what `all` its runs share, and in what each variant differs. In a
+    `ladder` each variant keeps what those before it have changed."""
+
+    seeds: list[int]
+    all: dict[str, Any]
+    variants: dict[str, dict[str, Any]]
+    ladder: bool = False
+
+
+class Variant(Checked, extra="allow"):
+    """What a run's parameters are made of; all but these stand for themselves."""
+
+    words: str = ""
+    seeds: list[int]
+    kernels: list[int] = Field([3, 1])
+    widths: list[int] = Field([32, 128, 128], min_length=3, max_length=3)  # of two blocks each
+    sizes: list[int] = Field([3, 0, 5], min_length=3, max_length=3)  # epochs at 16, 24, 32 pixels
+
+    def settings(self, **own: Any) -> Settings:
+        small, middle, full = self.sizes
+        blocks = self.model_extra.get("blocks") or six_blocks(self.kernels, self.widths)
+        schedule = {"epochs": small + middle + full, "first_sizes": [16] * small + [24] * middle}
+        return Settings(**self.model_extra | schedule | own | {"blocks": blocks})
+
+
+def plans() -> dict[str, Plan]:
+    """The groups by name; a ProjectError if they are not as they have to be."""
+    try:
+        groups = read_yaml(project.RUNS / "study.yaml").items()
+        return {name: Plan(**plan) for name, plan in groups}
+    except (ParameterError, TypeError) as error:
+        raise ProjectError(f"study.yaml: {error!s:.200}") from None
 
 
 def six_blocks(kernels: list[int], widths: list[int]) -> list[dict[str, Any]]:
@@ -34,23 +65,16 @@ def six_blocks(kernels: list[int], widths: list[int]) -> list[dict[str, Any]]:
 
 
 def planned(group: str) -> Iterator[tuple[str, int, Settings]]:
-    """Every run of a group: variant, seed and parameters; a seed of all variants before the next.
-
-    `kernels` and `widths` stand for the `blocks`, `sizes` for the numbers of epochs at 16, 24 and
-    32 pixels, and `words` say what a variant is. In a ladder each step keeps those before it.
-    """
+    """Every run of a group: variant, seed, parameters; a seed of all variants before the next."""
     plan = plans()[group]
-    for seed in plan["seeds"]:
-        common = plan["all"] | {"validation": 5000, "preset": "study", "seed": seed}
-        for variant, changes in plan["variants"].items():
-            given = common | {"run": f"study-{group}-{variant}-seed{seed}"} | changes
-            common = given if plan.get("ladder") else common
-            sizes, blocks = given["sizes"], six_blocks(given["kernels"], given["widths"])
-            own = {name: given[name] for name in given.keys() - OF_PLAN}
-            own["blocks"] = own.get("blocks") or blocks
-            own |= {"epochs": sum(sizes), "first_sizes": [16] * sizes[0] + [24] * sizes[1]}
-            if seed in given.get("seeds", plan["seeds"]):
-                yield variant, seed, Settings(**own)
+    for seed in plan.seeds:
+        common = {"seeds": plan.seeds, "validation": 5000, "preset": "study"} | plan.all
+        for name, changes in plan.variants.items():
+            variant = Variant(**common | changes)
+            common = common | changes if plan.ladder else common
+            if seed in variant.seeds:
+                run = f"study-{group}-{name}-seed{seed}"
+                yield name, seed, variant.settings(seed=seed, run=run)
 
 
 def table(group: str) -> pd.DataFrame:
@@ -58,8 +82,8 @@ def table(group: str) -> pd.DataFrame:
     its `words`, `seed`, `accuracy` on validation images, that with another image's a
     (`accuracy_shuffled`) and with the mean a (`accuracy_mean`), `seconds` of training,
     `parameters`, `multiply_adds` per image."""
-    rows = runs.read_table(project.RUNS / "study.csv")
-    words = {name: variant["words"] for name, variant in plans()[group]["variants"].items()}
+    rows = runs.read_table(project.RUNS / "study.csv", *KEY, "accuracy")
+    words = {name: given.get("words", name) for name, given in plans()[group].variants.items()}
     rows = rows[(rows["group"] == group) & rows["variant"].isin(words)].drop(columns="group")
     rows.insert(1, "words", rows["variant"].map(words))
     return rows.sort_values("variant", key=lambda names: names.map([*words].index), kind="stable")
@@ -118,8 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument("group", nargs="?", default="a", choices=plans(), help="which runs")
         options = parser.parse_args(arguments)
         path = project.RUNS / "study.csv"
-        done, group = runs.read_table(path), options.group
-        there = set(done[["group", "variant", "seed"]].itertuples(index=False, name=None))
+        done, group = runs.read_table(path, *KEY, "seconds"), options.group
+        there = set(done[KEY].itertuples(index=False, name=None))
         missing = [(group, *run) for run in planned(group) if (group, *run[:2]) not in there]
         hours = len(missing) * done.loc[done["group"] == group, "seconds"].mean() / 3600
         print(f"{len(missing)} runs are missing" + f"; about {hours:.1f} hours" * (hours >= 0))
