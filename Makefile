@@ -37,7 +37,7 @@ lab: $(READY)  ## open the notebooks in JupyterLab
 bench: $(READY)  ## measure training steps on an idle machine: under ten minutes
 	@$(BIN)/python -m helpers.report.bench
 
-study: $(READY)  ## train what is missing of a group in notebooks/runs/study.yaml: GROUP=a (or recipes)
+study: $(READY)  ## train what is missing of a group in notebooks/runs/study.yaml: GROUP=a
 	@$(BIN)/python -m helpers.study "$(GROUP)"
 
 soak: $(READY)  ## kill a run a hundred times: are its bits those of an undisturbed one?

@@ -61,7 +61,9 @@ class Block(Strict):
     gate: Gate | None = None
 
 
-SMALL = [Block(channels=c, kernels=[3, 1], pool=p) for c in (32, 128, 128) for p in (True, False)]
+def six_blocks(kernels: list[int], widths: list[int]) -> list[Block]:
+    """The blocks of small and medium networks: two of each width, the first with pooling."""
+    return [Block(channels=c, kernels=kernels, pool=p) for c in widths for p in (True, False)]
 
 
 class Settings(Checked):
@@ -77,7 +79,7 @@ class Settings(Checked):
     train_images: Images = 0
     test_images: int = Field(0, ge=0, le=TEST_IMAGES)
 
-    blocks: list[Block] = Field(SMALL, strict=False)
+    blocks: list[Block] = Field(six_blocks([3, 1], [32, 128, 128]), strict=False)
     gate: Gate = "linear"
     stem_filters: int = 24
     normalise: bool = True

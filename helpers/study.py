@@ -19,7 +19,7 @@ from statsmodels.formula.api import ols
 from helpers import data, evaluation, project, runs, training
 from helpers.model import layer_table
 from helpers.project import ProjectError, exit_with_message, write_file
-from helpers.settings import Checked, ParameterError, Settings, read_yaml
+from helpers.settings import Checked, ParameterError, Settings, read_yaml, six_blocks
 
 KEY = ["group", "variant", "seed"]
 
@@ -57,11 +57,6 @@ def plans() -> dict[str, Plan]:
         return {name: Plan(**plan) for name, plan in groups}
     except (ParameterError, TypeError) as error:
         raise ProjectError(f"study.yaml: {error!s:.200}") from None
-
-
-def six_blocks(kernels: list[int], widths: list[int]) -> list[dict[str, Any]]:
-    """The rows of six blocks as in the presets: two of each width, the first with pooling."""
-    return [{"channels": c, "kernels": kernels, "pool": p} for c in widths for p in (True, False)]
 
 
 def planned(group: str) -> Iterator[tuple[str, int, Settings]]:

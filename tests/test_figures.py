@@ -32,9 +32,7 @@ BATCHES = pd.DataFrame({"epoch": np.repeat(range(1, 7), 10), "loss": np.linspace
 HISTORY = pd.DataFrame({"epoch": range(1, 7), "size": [16, 16, 24, 32, 32, 32]})
 HISTORY["test_accuracy"] = [0.5, 0.7, 0.8, 0.9, 0.91, 0.93]
 HISTORY[["training_accuracy_running", "training_accuracy", "validation_accuracy"]] = np.nan
-T = pd.DataFrame(
-    {"name": ["a", "b"], "reference_epochs": [3, 200], "n": 3, "accuracy": 0.9, "deviation": 0}
-)
+T = pd.DataFrame({"name": ["a", "b"], "reference_epochs": [3, 9], "accuracy": 0.9, "deviation": 0})
 SEEDS = pd.DataFrame({"seed": [0, 1], "test_accuracy": [0.9, 0.91], "test_accuracy_tta": 0.92})
 LADDER = pd.DataFrame({"step": list("abc"), "kept": [1, 0, 1], "accuracy": [0.5, 0.4, 0.75]})
 CORRUPTED = pd.DataFrame({"corruption": ["blur", "noise"] * 2, "step": [0, 0, 1, 1], "images": 40})

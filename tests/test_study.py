@@ -49,9 +49,3 @@ def test_a_plan_gives_runs_that_differ_and_every_row_was_planned(group: str) -> 
     assert len(settings) == len({variant for variant, _, _ in runs})
     table = study.table(group)
     assert set(zip(table["variant"], table["seed"], strict=True)) <= {run[:2] for run in runs}
-
-
-def test_the_ladder_is_read() -> None:
-    ladder = study.ladder()
-    assert ladder["accuracy"].between(0, 1).all()
-    assert ladder["kept"].dtype == bool

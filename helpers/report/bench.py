@@ -19,8 +19,7 @@ import torch
 
 from helpers.project import BENCHMARKS, exit_with_message, short, write_file
 from helpers.runs import surroundings
-from helpers.settings import Settings, pick_precision
-from helpers.study import six_blocks
+from helpers.settings import Settings, pick_precision, six_blocks
 from helpers.training import make_optimizers, train_step
 
 ROUNDS = 11

@@ -124,11 +124,11 @@ def results_table() -> str:
     """This project's recipes, the quickest first; the best earlier one; the published report."""
     best = runs.history().nlargest(1, "accuracy")
     best = best.rename(columns={"name": "preset", "machine": "hardware"})
+    best["reference_epochs"] = float("nan")
     rows = [HEAD]
     for what, table in (("", runs.results()), ("best earlier recipe, ", best)):
         for row in table.itertuples():
-            known = getattr(row, "reference_epochs", float("nan"))
-            epochs = "" if pd.isna(known) else f"{known:.1f}"
+            epochs = "" if pd.isna(row.reference_epochs) else f"{row.reference_epochs:.1f}"
             deviation = "" if pd.isna(row.deviation) else f" ± {100 * row.deviation:.2f}"
             rows.append(
                 f"| {what}`{row.preset}` | {row.hardware} | {row.minutes:.1f} | {epochs} "
