@@ -195,12 +195,13 @@ def whitening_filters(weight: Tensor) -> Figure:
 
 
 def branch_cost(table: DataFrame) -> Figure:
-    """The time of a training step, `ratio`, against `L`, one panel per `precision`."""
+    """The time of a training step against `L`, relative to the first; a panel per `precision`."""
     groups = table.replace({"implementation": {"auto": "mixed, if faster"}}).groupby("precision")
     drawn, panels = _panels(1, len(groups), 3.6, sharey=True)
     for axes, (precision, group) in zip(panels.flat, groups):
         kinds = {"hue": "implementation", "style": "implementation", "markers": True}
-        sns.lineplot(group, x="L", y="ratio", errorbar=None, ax=axes, **kinds)
+        ratio = group["milliseconds"] / group["milliseconds"].iloc[0]
+        sns.lineplot(group, x="L", y=ratio, errorbar=None, ax=axes, **kinds)
         axes.set(xlabel="branches L", title=precision, xticks=table["L"].unique(), ylim=(0, None))
     panels[0, 0].set_ylabel("time of a training step,\nrelative to the reference, L = 1")
     return drawn
@@ -237,6 +238,18 @@ def schedules(learning_rates: Sequence[float], sizes: Sequence[int]) -> Figure:
     lower.set(xlabel=f"epoch (n = {len(sizes)})", ylabel="image size\nin pixels", ymargin=0.2)
     lower.set_yticks(sorted(set(sizes)))
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return drawn
+
+
+def first_steps(trials: dict[str, DataFrame]) -> Figure:
+    """Loss and largest |a| of the first steps, from `study.first_steps`, a curve for each trial."""
+    drawn, ((left, right),) = _panels(1, 2, 3.4, sharex=True)
+    for name, table in trials.items():
+        left.plot(table["loss"], label=name)
+        right.plot(table["largest"], label=name)
+    left.set(xlabel="training step", ylabel="training loss (cross-entropy)")
+    right.set(xlabel="training step", ylabel="largest |a| in the batch", yscale="log")
+    drawn.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return drawn
 
 

@@ -7,12 +7,14 @@ becomes a row of `study.csv` beside it; what is there is not run again.
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import joblib
 import pandas as pd
+import torch
 from pydantic import Field
 from statsmodels.formula.api import ols
 
@@ -109,6 +111,24 @@ def run_one(group: str, variant: str, seed: int, settings: Settings) -> dict[str
         "seconds": round(run.metrics["train_seconds"], 1), "parameters": run.metrics["parameters"],
         "multiply_adds": layer_table(settings.network())["multiply_adds"].sum(),
     }  # fmt: skip
+
+
+def first_steps(images: data.ImageData, settings: Settings, rate: float) -> pd.DataFrame:
+    """The first 40 steps of a training, on the CPU and not recorded, with this rate for a linear a:
+    `loss` of the batch, and the `largest` |a| in it after the step."""
+    changes = {"gate": "linear", "gate_learning_rate": rate}
+    some, *_ = training.parts(images, settings)
+    state = training.TrainState(some, settings.model_copy(update=changes), torch.device("cpu"))
+    rows = []
+    for x, labels, _ in itertools.islice(state.remaining_batches(), 40):
+        losses, _ = training.train_step(
+            state.network, state.optimizers, state.scaler, torch.float32,
+            settings.label_smoothing, x, labels, torch.ones(len(x)),
+        )  # fmt: skip
+        with torch.no_grad():
+            largest = max(float(a.abs().max()) for a in state.network.gates(x))
+        rows.append((float(losses.mean()), largest))
+    return pd.DataFrame(rows, columns=["loss", "largest"], index=range(1, len(rows) + 1))
 
 
 def compare(results: pd.DataFrame) -> pd.DataFrame:

@@ -39,12 +39,14 @@ CORRUPTED = pd.DataFrame({"corruption": ["blur", "noise"] * 2, "step": [0, 0, 1,
 CORRUPTED[["strength", "accuracy", "low", "high"]] = 2, 0.8, 0.7, 0.9
 STUDY = pd.DataFrame({"words": list("bca"), "difference": [0, -2, 2], "low": [-1, -3, 1]})
 STUDY[["high", "n"]] = [[1, 3], [-1, 3], [3, 3]]
-BENCH = pd.DataFrame({"precision": ["float32"], "implementation": "auto", "L": 1, "ratio": 1})
+BENCH = pd.DataFrame({"precision": ["bfloat16"], "implementation": "auto", "L": [1]})
+BENCH["milliseconds"] = 9
 CALLS = [
     ("images", IMAGES, CLASSES), ("images", IMAGES[:7, 0].split(5), (), ["cat\nlabel: dog"] * 7),
     ("channel_levels", torch.rand(3, 256), 9),
     ("nearest_distances", torch.rand(100), 0.4), ("whitening_filters", torch.rand(24, 3, 3, 3)),
     ("block_diagram",), ("network_diagram", BlockNetwork(BLOCKS, stem_filters=6)),
+    ("first_steps", {"one": pd.DataFrame({"loss": [2, 1], "largest": 1})}),
     ("branch_cost", BENCH), ("losses", [2, 1]), ("schedules", [1, 0], [16, 32]),
     ("batch_losses", BATCHES, HISTORY["size"]), ("accuracy_by_epoch", HISTORY, 0.8851),
     ("accuracy_by_epoch", HISTORY[:1]), ("accuracy_by_time", T, T, 0.88), ("study", STUDY),

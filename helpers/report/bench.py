@@ -2,7 +2,7 @@
 
 It writes one table, `notebooks/benchmarks/<machine>.csv`. Cases with the same `what` take turns, so
 that a machine that slows down for a while slows all of them; `milliseconds` is the median of `n`
-rounds, `ratio` is to the first case of that `what`.
+rounds.
 """
 
 from __future__ import annotations
@@ -20,21 +20,25 @@ import torch
 from helpers.project import BENCHMARKS, exit_with_message, short, write_file
 from helpers.runs import surroundings
 from helpers.settings import Settings, pick_precision, six_blocks
+from helpers.study import planned, plans
 from helpers.training import make_optimizers, train_step
 
 ROUNDS = 11
-KINDS = ("reference", "auto")
-COMPARED = {  # what → its cases: implementation and parameters
-    "reference step, six 3×3 convolutions, 64 64 256 ×4, batch 500": [
-        ("reference", Settings(blocks=six_blocks([3], [64, 256, 256]), batch_size=500))
-    ],
-    "step of the preset small, batch 250": [(kind, Settings()) for kind in KINDS],
-    "step with L branches of 3×3, batch 250": [
-        (kind, Settings(blocks=six_blocks([3] * L, [32, 128, 128])))
-        for kind in KINDS
-        for L in (1, 2, 4, 8)
-    ],
-}
+REFERENCE = "reference step, six 3×3 convolutions, 64 64 256 ×4, batch 500"
+NETWORKS = "step of the networks of the study, batch 250"
+
+
+def cases(what: str) -> list[tuple[str, str, Settings]]:
+    """Network in words, implementation and parameters of what is timed side by side."""
+    if what == REFERENCE:
+        blocks = six_blocks([3], [64, 256, 256])
+        return [("", "reference", Settings(blocks=blocks, batch_size=500))]
+    words = {name: variant["words"] for name, variant in plans()["blocks"].variants.items()}
+    networks: dict[str, tuple[str, Settings]] = {}
+    for name, _, own in planned("blocks"):  # those with other gates cost the same
+        networks.setdefault(str(own.blocks), (words[name], own))
+    kinds = "reference", "auto"  # the second is the default
+    return [(words, kind, own) for kind in kinds for words, own in networks.values()]
 
 
 def training_step(kind: str, settings: Settings, precision: torch.dtype) -> Callable[[], object]:
@@ -52,8 +56,8 @@ def training_step(kind: str, settings: Settings, precision: torch.dtype) -> Call
 
 def measure(what: str, precision: torch.dtype) -> pd.DataFrame:
     """One row per case, also printed; the first round, a warm-up, does not count."""
-    kinds, settings = zip(*COMPARED[what])
-    steps = [training_step(kind, own, precision) for kind, own in COMPARED[what]]
+    words, kinds, settings = zip(*cases(what))
+    steps = [training_step(kind, own, precision) for kind, own in zip(kinds, settings)]
     spent: list[list[float]] = [[] for _ in steps]
     for turn in range(1 + ROUNDS):  # there and back, as a step leaves the next one its caches
         for step, own in [*zip(steps, spent)][:: (-1) ** turn]:
@@ -62,12 +66,12 @@ def measure(what: str, precision: torch.dtype) -> pd.DataFrame:
             own.append(1000 * (time.perf_counter() - begin))
     median = [statistics.median(own[1:]) for own in spent]
     table = pd.DataFrame({
-        "precision": str(precision).removeprefix("torch."), "what": what, "implementation": kinds,
-        "L": [len(own.blocks[0].kernels) for own in settings], "milliseconds": median, "n": ROUNDS,
-        "ratio": [one / median[0] for one in median],
+        "precision": str(precision).removeprefix("torch."), "what": what, "network": words,
+        "implementation": kinds, "L": [len(own.blocks[0].kernels) for own in settings],
+        "milliseconds": median, "n": ROUNDS,
     })  # fmt: skip
     print(f"\n{table.to_string(index=False, float_format='%.4g')}", flush=True)
-    if "reference" in what:
+    if what == REFERENCE:
         print(f"So the reference epoch of 50,000 images takes {median[0] / 10:.0f} s.")
     return table
 
@@ -76,8 +80,8 @@ def main(arguments: list[str] | None = None) -> None:
     argparse.ArgumentParser("python -m helpers.report.bench", None, __doc__).parse_args(arguments)
     with exit_with_message("the table is as it was"):
         cpu = torch.device("cpu")
-        precisions = dict.fromkeys([torch.float32, pick_precision("auto", cpu)])
-        table = pd.concat([measure(what, own) for own in precisions for what in COMPARED])
+        dtypes = dict.fromkeys([torch.float32, pick_precision("auto", cpu)])
+        table = pd.concat([measure(what, own) for own in dtypes for what in (REFERENCE, NETWORKS)])
         made_on = surroundings(cpu, torch.float32)["hardware"]
         machine = f"{made_on['processor']}, {made_on['threads']} threads"
         table.insert(0, "machine", machine)
