@@ -1,15 +1,14 @@
-"""How a batch of training images is varied, all at once: mirrored, shifted, altered, covered."""
+"""How a batch of training images is varied, all at once: mirrored, shifted, covered."""
 
 from __future__ import annotations
 
 import torch
 from torch import Generator, Tensor
-from torchvision.transforms.v2 import TrivialAugmentWide
 
 from helpers.data import MEAN
 from helpers.settings import Settings
 
-MEAN_COLOUR = [round(255 * mean) for mean in MEAN]
+MEAN_COLOUR = torch.tensor([round(255 * mean) for mean in MEAN])
 
 
 def mirror(images: Tensor, which: Tensor) -> Tensor:
@@ -18,8 +17,8 @@ def mirror(images: Tensor, which: Tensor) -> Tensor:
 
 
 def shift(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
-    """Move each of b×c×h×w images by its own b whole numbers of pixels, of less than h and w in
-    size, with reflection padding.
+    """Move each of b×c×h×w images by its own b whole numbers of pixels, less than h and w, with
+    reflection padding.
 
     Every pixel is fetched once, from where it comes, which on a CPU is ten times faster than
     padding and cropping.
@@ -34,8 +33,8 @@ def shift(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor, row: Tensor, column: Tensor, side: int, colour: Tensor) -> Tensor:
-    """Cover a square of side×side pixels, at the rim a part of it, around the b rows and columns
-    in b×c×h×w images, with the c values of a colour (Cutout: T. DeVries and G. Taylor, arXiv
+    """Cover a square of side×side pixels, clipped at the border, around the b rows and columns in
+    b×c×h×w images, with the c values of a colour (Cutout: T. DeVries and G. Taylor, arXiv
     1708.04552)."""
     h, w = images.shape[2:]
     rows = torch.arange(h, device=images.device) - (row.view(-1, 1) - side // 2)  # b×h
@@ -46,28 +45,9 @@ def cutout(images: Tensor, row: Tensor, column: Tensor, side: int, colour: Tenso
     return torch.where(covered, colour, images)
 
 
-def trivial_augment(images: Tensor, which: Tensor, generator: Generator) -> Tensor:
-    """Alter those of b×3×h×w uint8 images where `which`, b booleans of the CPU, is true
-    (TrivialAugment: S. Müller and F. Hutter, arXiv 2103.10158), eight at a time by the same
-    operation, such as a rotation or a change of contrast.
-
-    One number is drawn from `generator`; the global generator is left as it is.
-    """
-    seed = torch.randint(2**62, (), generator=generator).item()
-    alter = TrivialAugmentWide(fill=MEAN_COLOUR)
-    chosen = which.nonzero().flatten().to(images.device, non_blocking=True)
-    images = images.clone()
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would seed the generators of GPUs as well.
-        torch.default_generator.manual_seed(seed)
-        for some in chosen.split(8):
-            images[some] = alter(images[some])
-    return images
-
-
 class Augmentation:
-    """Alternating flip, random shift, TrivialAugment and Cutout for a set of `count` images, as far
-    as the settings want them. `generator` is the only source of randomness.
+    """Alternating flip, random shift and Cutout for a set of `count` images, as far as the settings
+    want them. `generator` is the only source of randomness.
 
     Whether an image is mirrored in its first epoch is drawn here, and nothing else; from then on
     it alternates, so that any two epochs in a row show it both ways (cifar10-airbench, K. Jordan).
@@ -86,11 +66,8 @@ class Augmentation:
         if wanted.translate:
             reach = torch.randint(2 * wanted.translate + 1, (2, b), generator=self.generator)
             images = shift(images, *(reach - wanted.translate).to(device, non_blocking=True))
-        if wanted.trivial_augment:
-            which = torch.rand(b, generator=self.generator) < wanted.trivial_augment
-            images = trivial_augment(images, which, self.generator)
         if wanted.cutout:
             centre = torch.randint(size, (2, b), generator=self.generator)
             centre = centre.to(device, non_blocking=True)
-            images = cutout(images, *centre, wanted.cutout, torch.tensor(MEAN_COLOUR))
+            images = cutout(images, *centre, wanted.cutout, MEAN_COLOUR)
         return images

@@ -96,13 +96,13 @@ def load_data() -> ImageData:
         if isinstance(problem, ConnectionError) and not given:
             print(
                 f"STAND-IN DATA, NOT CIFAR-10: data/ does not hold it, and there is no network "
-                f"({problem}). Ten synthetic classes take its place until you {remedy}. Nothing "
-                "below says anything about CIFAR-10, or may stand beside its results."
+                f"({problem}). Ten synthetic classes are used until you {remedy}. The results "
+                "below say nothing about CIFAR-10."
             )
             return stand_in()
         named = f"CIFAR10_ROOT = {short(root)}" if given else "data/"
         remedy += ", or name an empty folder to download into"
-        raise ProjectError(f"{named} does not give CIFAR-10: {problem}; {remedy}.") from None
+        raise ProjectError(f"{named} does not hold CIFAR-10: {problem}; {remedy}.") from None
 
 
 def split(labels: Tensor, validation: int = 5000, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -162,9 +162,9 @@ def training_loader(
     images: ImageSet, batch_size: int, augment: Augment, generator: Generator,
     epoch: int = 0, numbers: Tensor | None = None, size: int = IMAGE_SIZE,
 ) -> DataLoader:  # fmt: skip
-    """Shuffled, augmented batches of one epoch, counted from 0: x, float32 b×3×size×size, the
-    labels and the images' numbers in the set, of those in `numbers` (default: all). No batch is of
-    one image alone, which has no variance to normalise by."""
+    """Shuffled, augmented batches of one epoch, counted from 0: x, float32 b×3×size×size, labels,
+    and the images' indices in the set. Only the images `numbers` are used (default: all). No batch
+    has a single image, which batch normalisation could not normalise."""
     numbers = torch.arange(len(images)) if numbers is None else numbers
     count = max(min(math.ceil(len(numbers) / batch_size), len(numbers) // 2), 1)
 
@@ -178,7 +178,7 @@ def training_loader(
 def evaluation_loader(
     images: ImageSet, batch_size: int = 500, size: int = IMAGE_SIZE
 ) -> DataLoader:
-    """Clean batches in the images' own order, as `training_loader` gives them."""
+    """Batches without augmentation, in the order of the set, of the same form."""
     count = math.ceil(len(images) / batch_size)
     batches = Batches(images, lambda: torch.arange(len(images)), count, size)
     # A DataLoader without a generator of its own draws from the global one.
@@ -189,9 +189,9 @@ def nearest_training_images(test: Tensor, train: Tensor) -> tuple[Tensor, Tensor
     """The nearest of N×3×h×w training images to each of n×3×h×w test images, all uint8: its
     number, int64 n, and the root mean square difference of the pixels, float32 n in 0…255.
 
-    Exact, as a projection never lengthens a distance: what is measured in full is every image that
-    is as near in the 384 first principal components as one of them is in full (some ten of 50,000):
-    ‖Px − Py‖² ≤ ‖x − y‖².
+    Exact, since a projection never lengthens a distance: ‖Px − Py‖ ≤ ‖x − y‖. Compared in full are
+    only the images that are closer in the first 384 principal components than one of them is in
+    full, some ten of 50,000.
     """
     train, sample = train.flatten(1), train[:1000].flatten(1).float()
     mean = sample.mean(dim=0)
@@ -267,7 +267,7 @@ def _download(root: Path, where: str) -> Path:
             if hashlib.md5(content).hexdigest() == CIFAR10.tgz_md5:
                 write_file(archive, content)
                 return archive
-            reason = "what the server sends is not the archive"
+            reason = "the downloaded file fails its checksum"
     raise OSError(reason)
 
 

@@ -1,5 +1,5 @@
-"""What a network predicts, how sure it is, what its weights a tell: from the logits of `predict`
-and the a of `gates`. All shares are fractions of one."""
+"""What a network predicts, how confident it is, and what its weights a depend on, from the logits
+of `predict` and the a of `gates`. All shares are fractions of one."""
 
 from __future__ import annotations
 
@@ -168,15 +168,15 @@ def with_fitted_temperature(logits: Tensor, labels: Tensor) -> tuple[Tensor, lis
 
 
 def selective(logits: Tensor, labels: Tensor) -> pd.DataFrame:
-    """Accuracy on the surest images: one row per image, with the share answered up to it."""
+    """Accuracy on the most confident images: a row per image, with the share answered up to it."""
     order = confidence(logits).argsort(descending=True, stable=True)
     right, count = is_correct(logits, labels)[order].numpy(), np.arange(1, len(order) + 1)
     return pd.DataFrame({"answered": count / len(order), "accuracy": right.cumsum() / count})
 
 
 CORRUPTIONS = {  # and their strengths, from weak to strong
-    "noise: deviation, levels": [8, 16, 24, 32, 48],
-    "blur: deviation, pixels": [0.5, 0.75, 1, 1.5, 2],
+    "noise: σ (grey levels)": [8, 16, 24, 32, 48],
+    "blur: σ (pixels)": [0.5, 0.75, 1, 1.5, 2],
     "contrast: factor": [0.75, 0.5, 0.35, 0.25, 0.15],
     "JPEG: quality": [80, 50, 30, 15, 8],
 }
@@ -225,7 +225,7 @@ def class_means(a: Tensor, labels: Tensor) -> Tensor:
 
 
 def class_from_gates(a: Tensor, labels: Tensor) -> float:
-    """Accuracy of a logistic regression that sees nothing but a, N×L, by cross-validation."""
+    """Accuracy of a logistic regression that uses only a, N×L, by cross-validation."""
     from sklearn import linear_model, model_selection, pipeline, preprocessing  # takes a second
 
     model = linear_model.LogisticRegression(max_iter=1000)

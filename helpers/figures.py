@@ -59,7 +59,7 @@ def save(figure: Figure, name: str, label: str) -> Figure:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, file.getvalue())
     except OSError as error:
-        print(f"{short(path)} is not written, only shown: {error.strerror or error}.")
+        print(f"{short(path)} could not be saved: {error.strerror or error}.")
     return figure
 
 
@@ -111,7 +111,7 @@ def images(rows: Sequence[Tensor], names: Names = (), titles: Names = ()) -> Fig
 
 def channel_levels(shares: Tensor, n: int) -> Figure:
     """The share of the pixels of n images at each level 0…255 in each of the channels: 3×256."""
-    drawn, axes = _axes("level of a pixel, 0 to 255", "share of pixels in %")
+    drawn, axes = _axes("pixel value (0–255)", "share of pixels (%)")
     table = DataFrame(100 * shares.T.numpy(), columns=list(CHANNELS))
     sns.lineplot(table, palette=CHANNELS, ax=axes)
     axes.set_ylim(0, None)
@@ -124,7 +124,7 @@ def nearest_distances(distances: Tensor, limit: float) -> Figure:
     xlabel = "distance to the nearest training image,\nrelative to the test image's own contrast"
     drawn, axes = _axes(xlabel, f"test images (n = {len(distances):,})")
     axes.hist(distances.numpy(), bins=np.arange(0, 1.55, 0.05), color=TEST)
-    axes.axvline(limit, label=f"near-duplicates: under {limit:g}", **DASHED)
+    axes.axvline(limit, label=f"near-duplicate threshold: {limit:g}", **DASHED)
     axes.legend(loc="upper left")
     return drawn
 
@@ -136,7 +136,7 @@ def block_diagram() -> Figure:
     axes.set(xlim=(0, 13.1), ylim=(0, 7.2), frame_on=False, xticks=[], yticks=[])
     gate, branch = sns.light_palette(GATE, 5)[1], sns.light_palette(BLOCK, 5)[2]
     texts = [
-        (4.5, 6.9, "$m$: c numbers"), (9.4, 6.9, "$a$: L numbers"), (9.88, 5.8, "…"),
+        (4.5, 6.9, "$m$: c means"), (9.4, 6.9, "$a$: L weights"), (9.88, 5.8, "…"),
         (3.8, 2.35, "⋮"), (0.7, 2.1, "c×h×w"), (6.9, 4.65, "c′×h′×w′"), (12.3, 2.1, "c′×h′×w′"),
         (6.3, 0.4, "$x′ = a_1·C_1(x) + a_2·C_2(x) + … + a_L·C_L(x)$"),
         (3.1, 5.8, "channel\nmeans", "round", gate), (6.0, 5.8, "fully\nconnected", "round", gate),
@@ -165,7 +165,7 @@ def network_diagram(network: BlockNetwork) -> Figure:
     outputs = {"image": f"3×{IMAGE_SIZE}×{IMAGE_SIZE}", **layer_table(network)["output"]}
     shapes = {name: [int(n) for n in f"{text}×1".split("×")][:2] for name, text in outputs.items()}
     names = [name for name in shapes if not name.startswith("after")]
-    drawn, axes = _axes("layer and channels of its output", "feature map in pixels")
+    drawn, axes = _axes("layer and number of output channels", "feature-map size (pixels)")
     scale, edge = 0.7 / max(channels for channels, _ in shapes.values()), {"edgecolor": "black"}
     for x, name in enumerate(names):
         channels, size = shapes[name]
@@ -179,7 +179,7 @@ def network_diagram(network: BlockNetwork) -> Figure:
             axes.annotate("", (x + 0.5, size + 1), (x - 0.5, size + 1), arrowprops=arc)
             axes.plot([], [], "k-", label="residual connection")
     axes.set_xticks(range(len(names)), [f"{name}\n{shapes[name][0]}" for name in names])
-    axes.set_yticks(sorted({size for _, size in shapes.values()}))
+    axes.set_yticks(sorted({size for _, size in shapes.values() if size > 1}))
     named = dict(zip(*reversed(axes.get_legend_handles_labels())))  # each name once
     axes.legend(named.values(), named)
     return drawn
@@ -196,14 +196,14 @@ def whitening_filters(weight: Tensor) -> Figure:
 
 def branch_cost(table: DataFrame) -> Figure:
     """The time of a training step against `L`, relative to the first; a panel per `precision`."""
-    groups = table.replace({"implementation": {"auto": "mixed, if faster"}}).groupby("precision")
+    groups = table.replace({"implementation": {"auto": "mixed if faster"}}).groupby("precision")
     drawn, panels = _panels(1, len(groups), 3.6, sharey=True)
     for axes, (precision, group) in zip(panels.flat, groups):
         kinds = {"hue": "implementation", "style": "implementation", "markers": True}
         ratio = group["milliseconds"] / group["milliseconds"].iloc[0]
         sns.lineplot(group, x="L", y=ratio, errorbar=None, ax=axes, **kinds)
         axes.set(xlabel="branches L", title=precision, xticks=table["L"].unique(), ylim=(0, None))
-    panels[0, 0].set_ylabel("time of a training step,\nrelative to the reference, L = 1")
+    panels[0, 0].set_ylabel("time of a training step\n(reference, L = 1: 1.0)")
     return drawn
 
 
@@ -223,7 +223,7 @@ def _shade_reduced(axes: Axes, sizes: Sequence[int], bounds: Sequence[float]) ->
     """Shade a run's first epochs, of reduced image sizes, which begin at these bounds."""
     reduced = [size for size in sizes if size < IMAGE_SIZE]
     if reduced:
-        label = f"trained at {' and '.join(map(str, sorted(set(reduced))))} pixels"
+        label = f"reduced resolution ({', '.join(map(str, sorted(set(reduced))))} pixels)"
         style = {"color": "0.9", "linewidth": 0, "zorder": 0, "label": label}
         axes.axvspan(bounds[0], bounds[len(reduced)], **style)
 
@@ -235,7 +235,7 @@ def schedules(learning_rates: Sequence[float], sizes: Sequence[int]) -> Figure:
     upper.plot(epoch, learning_rates, color=TRAINING, linewidth=2)
     upper.set(ylabel="learning rate", ylim=(0, None))
     lower.stairs(sizes, np.arange(len(sizes) + 1) + 0.5, baseline=None, color=TRAINING, linewidth=2)
-    lower.set(xlabel=f"epoch (n = {len(sizes)})", ylabel="image size\nin pixels", ymargin=0.2)
+    lower.set(xlabel=f"epoch (n = {len(sizes)})", ylabel="image size\n(pixels)", ymargin=0.2)
     lower.set_yticks(sorted(set(sizes)))
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     return drawn
@@ -274,14 +274,14 @@ def accuracy_by_epoch(history: DataFrame, published: float | None = None) -> Fig
             if column in history and history[column].notna().any():
                 axes.plot(history["epoch"], 100 * history[column], line, **style)
         if published is not None:
-            label = f"published report, {100 * published:.2f} %"
+            label = f"published report, {published:.2%}"
             axes.axhline(100 * published, label=label, **DASHED)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-        axes.set(xlabel="epoch", ylabel="accuracy in %", xlim=(0.5, n + 0.5))
+        axes.set(xlabel="epoch", ylabel="accuracy (%)", xlim=(0.5, n + 0.5))
         _shade_reduced(axes, history["size"], np.arange(n + 1) + 0.5)
     if enlarged:
         begin = history["epoch"][test >= floor].min() - 0.5
-        axes.set(xlim=(begin, n + 0.5), ylim=(floor, 100.2), title="tail, enlarged")
+        axes.set(xlim=(begin, n + 0.5), ylim=(floor, 100.2), title="final epochs, enlarged")
     panels[0, 0].set_title("all epochs")
     drawn.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return drawn
@@ -291,8 +291,8 @@ def accuracy_by_epoch(history: DataFrame, published: float | None = None) -> Fig
 def accuracy_by_time(results: DataFrame, peers: DataFrame, published: float) -> Figure:
     """Test accuracy against reference epochs of training, of this project's presets and of others;
     a line for the published report, whose machine is not known."""
-    drawn, axes = _axes("training time in reference epochs", "test accuracy in % (bars: ± sd)", 4.2)
-    kinds = ("this project", results, TEST, "bottom"), ("others", peers, REFERENCE, "top")
+    drawn, axes = _axes("training time (reference epochs)", "test accuracy (%; bars: ± sd)", 4.2)
+    kinds = ("this project", results, TEST, "bottom"), ("other projects", peers, REFERENCE, "top")
     for label, table, colour, side in kinds:
         x, y, deviation = (table[name] for name in ("reference_epochs", "accuracy", "deviation"))
         axes.errorbar(x, 100 * y, 100 * deviation, fmt="o", color=colour, label=label)
@@ -309,11 +309,11 @@ def accuracy_by_time(results: DataFrame, peers: DataFrame, published: float) -> 
 def seeds(seeds: DataFrame) -> Figure:
     """Test accuracy of each seed of `runs.seeds_of`, from one view and from six, with the means."""
     n, names = len(seeds), [f"seed {seed}" for seed in seeds["seed"]]
-    drawn, axes = _rows(names, f"accuracy in % (n = {n}; lines: means)")
+    drawn, axes = _rows(names, f"accuracy (%; n = {n}; lines: means)")
     views = {"test_accuracy": ("test", TEST, "-"), "test_accuracy_tta": ("six views", "w", ":")}
     for column, (name, inside, line) in views.items():
         values = 100 * seeds[column]
-        label = f"{name}, {values.mean():.2f}" + f" ± {values.std():.2f}" * (n > 1) + " %"
+        label = f"{name}, {values.mean():.2f}" + f" ± {values.std():.2f}" * (n > 1) + "%"
         axes.plot(values, range(n), "o", color=TEST, markerfacecolor=inside, label=label)
         axes.axvline(values.mean(), color=TEST, linestyle=line, linewidth=1)
     drawn.legend(loc="outside upper center", ncols=2)
@@ -325,12 +325,12 @@ def ladder(table: DataFrame) -> Figure:
     rows, kept = np.arange(len(table))[::-1], table["kept"].to_numpy(bool)
     y = 100 * table["accuracy"].to_numpy()
     gains = y - Series(y).where(kept).ffill().shift(fill_value=y[0])
-    drawn, axes = _rows(table["step"][::-1], "validation accuracy in % (n = 1)")
+    drawn, axes = _rows(table["step"][::-1], "validation accuracy (%; n = 1)")
     lines = axes.barh(rows, gains, 0.08, left=y - gains, color=VALIDATION, linewidth=0)
     for which, label, inside in ((kept, "kept", VALIDATION), (~kept, "not kept", "w")):
         style = {"color": VALIDATION, "markerfacecolor": inside, "label": label}
         axes.plot(y[which], rows[which], "o", **style)
-    texts = [f"{y[0]:.1f} %", *(f"{gain:+.1f}".replace("-", "−") for gain in gains[1:])]
+    texts = [f"{y[0]:.1f}%", *(f"{gain:+.1f}".replace("-", "−") for gain in gains[1:])]
     axes.bar_label(lines, texts, padding=8, fontsize=10)
     axes.use_sticky_edges = False
     axes.margins(x=0.12)
@@ -344,7 +344,7 @@ def confusion(counts: np.ndarray, names: Names) -> Figure:
     mistakes = counts * ~np.eye(len(names), dtype=bool)
     style = {"cmap": "rocket_r", "square": True, "xticklabels": names, "yticklabels": names}
     style |= {"annot": counts, "fmt": "d", "annot_kws": {"size": 10}}
-    style["cbar_kws"] = {"label": "mistakes (square-root scale)", "shrink": 0.75}
+    style["cbar_kws"] = {"label": "mistakes (square-root colour scale)", "shrink": 0.75}
     sns.heatmap(
         mistakes, norm=PowerNorm(0.5, vmin=0, vmax=max(mistakes.max(), 1)), **style, ax=axes
     )
@@ -356,7 +356,7 @@ def confusion(counts: np.ndarray, names: Names) -> Figure:
 def class_accuracies(table: DataFrame) -> Figure:
     """Accuracy of each class with its interval, from `evaluation.class_table`, the best on top."""
     own, n = table.sort_values("accuracy"), table["images"].min()
-    drawn, axes = _rows(own.index, f"test accuracy in %, 95 % intervals (n = {n:,} a class)")
+    drawn, axes = _rows(own.index, f"test accuracy (%), 95% intervals (n = {n:,} per class)")
     axes.errorbar(100 * own["accuracy"], range(len(own)), xerr=_intervals(own), fmt="o", color=TEST)
     return drawn
 
@@ -368,20 +368,20 @@ def reliability(calibration: Calibration) -> Figure:
     error = _intervals(DataFrame(ends, columns=["low", "high"]).assign(accuracy=right))
     drawn, ((upper,), (lower,)) = _panels(2, 1, 4.6, sharex=True, height_ratios=(3, 1))
     upper.plot([0, 100], [0, 100], label="perfectly calibrated", **DASHED)
-    label = "test, 95 % intervals"
+    label = "test, 95% intervals"
     upper.errorbar(100 * sure, 100 * right, error, fmt="o-", color=TEST, label=label)
-    upper.set_ylabel("accuracy in %")
+    upper.set_ylabel("accuracy (%)")
     upper.legend()
     lower.stem(100 * sure, count, linefmt="C1-", markerfmt="C1o", basefmt=" ", bottom=0.5)
     lower.set(yscale="log", ylim=(0.5, None), ylabel="images")
-    lower.set_xlabel(f"confidence in % (n = {count.sum():,} test images)")
+    lower.set_xlabel(f"confidence (%; n = {count.sum():,} test images)")
     return drawn
 
 
 def selective(table: DataFrame) -> Figure:
-    """Accuracy against the share of the images that are answered, from `evaluation.selective`."""
+    """Accuracy against the share of the images that are covered, from `evaluation.selective`."""
     n, known = len(table), 100 * table[table["answered"] >= 0.01]  # the first few jump
-    drawn, axes = _axes(f"images answered in %, most confident first (n = {n:,})", "accuracy in %")
+    drawn, axes = _axes(f"coverage (%), most confident first (n = {n:,})", "accuracy (%)")
     axes.plot(known["answered"], known["accuracy"], color=TEST, linewidth=2)
     return drawn
 
@@ -395,14 +395,14 @@ def robustness(table: DataFrame) -> Figure:
         axes.errorbar(own["step"], 100 * own["accuracy"], _intervals(own), fmt="o-", color=TEST)
         axes.set_xticks(own["step"], strengths, fontsize=10)
         axes.set_xlabel(kind)
-    drawn.supylabel(f"accuracy in %, 95 % intervals (n = {n:,})")
+    drawn.supylabel(f"accuracy (%), 95% intervals (n = {n:,})")
     return drawn
 
 
 # ---- 05 weights
 def weights(a: Sequence[Tensor], kernels: Sequence[Names]) -> Figure:
     """The distribution of a, n×L of each block, one violin per branch; dashed: 1/L."""
-    drawn, axes = _axes("block, and kernel of the branch", f"a (n = {len(a[0]):,} images)")
+    drawn, axes = _axes("block and kernel of the branch", f"a (n = {len(a[0]):,} images)")
     violins, ticks = [], []
     for k, (own, names) in enumerate(zip(a, kernels), 1):
         first = len(violins)
@@ -422,12 +422,12 @@ def gates_by_class(means: Sequence[Tensor], names: Names, kernels: Sequence[Name
     drawn, places = _panels(1, len(panels), 3.9, sharey=True, width_ratios=widths)
     for k, (axes, own) in enumerate(zip(places.flat, panels)):
         style = {"cmap": "vlag", "vmin": -limit, "vmax": limit, "cbar": k == len(panels) - 1}
-        style["cbar_kws"] = {"label": "difference from the mean a", "format": "{x:+.2f}"}
+        style["cbar_kws"] = {"label": "difference from the class average", "format": "{x:+.2f}"}
         ticks = kernels[k] if sum(widths) <= 24 else False
         sns.heatmap(own.numpy(), ax=axes, xticklabels=ticks, yticklabels=names, **style)
         axes.set_title(f"B{k + 1}")
         axes.tick_params(length=0)
-    drawn.supxlabel("branch, by its kernel" if sum(widths) <= 24 else "branch")
+    drawn.supxlabel("kernel of the branch" if sum(widths) <= 24 else "branch")
     return drawn
 
 
@@ -435,7 +435,7 @@ def study(compared: DataFrame, base: str = "the base") -> Figure:
     """The difference of every variant to the base, with its interval, from `study.compare`."""
     table = compared.sort_values("difference")
     names = map("{} (n\u00a0=\u00a0{})".format, table["words"], table["n"])
-    drawn, axes = _rows(list(names), "difference in percentage points,\njoint 95 % intervals")
+    drawn, axes = _rows(list(names), "difference in percentage points,\nsimultaneous 95% intervals")
     better, worse = table["low"] > 0, table["high"] < 0
     for which, (verdict, colour) in zip((better, worse, ~better & ~worse), VERDICTS.items()):
         own, rows = table[which], np.flatnonzero(which)

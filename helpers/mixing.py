@@ -42,7 +42,7 @@ def unavailable() -> str:
     try:
         _extension()
         return ""
-    except Exception as error:  # whatever it is, there is the reference
+    except Exception as error:  # whatever it is, the reference still works
         failed = isinstance(error, subprocess.CalledProcessError)
         reason = error.stderr or "the compiler failed" if failed else str(error) or repr(error)
         return f"{SOURCE.name} cannot be used: {' '.join(reason.split())[:200].rstrip('.')}."
@@ -127,7 +127,7 @@ def _run(weights: Sequence[Tensor], *arrays: Tensor, turned: bool = False, copie
     arrays = [t.movedim(1, -1).contiguous() if t.dim() == 4 else t.contiguous() for t in arrays]
     pointers = (ctypes.c_void_p * len(arrays))(*(t.data_ptr() for t in arrays))
     if _extension()((ctypes.c_int64 * len(shape))(*shape), pointers):
-        raise Unavailable(f"{SOURCE.name} had too little memory, or oneDNN refused a product.")
+        raise Unavailable(f"{SOURCE.name} ran out of memory, or oneDNN failed.")
 
 
 def _computing_dtype(x: Tensor, weights: Sequence[Tensor]) -> torch.dtype | None:
@@ -146,7 +146,7 @@ def _computing_dtype(x: Tensor, weights: Sequence[Tensor]) -> torch.dtype | None
 def _extension() -> Callable[..., int]:
     """Its function. The file's name ends in its checksum: if damaged, it is compiled again."""
     if (capability := torch.backends.cpu.get_cpu_capability()) != "AVX512":
-        raise Unavailable(f"PyTorch computes with {capability} here, not with AVX512")
+        raise Unavailable(f"PyTorch uses {capability} here, and it needs AVX512")
     names = {"SOURCE": str(SOURCE), "TORCH": str(Path(torch.__file__).parent)}
     made_of = f"{SOURCE.read_bytes()}{COMPILE}{names}{torch.__version__}".encode()
     name = f"mixing-{sha256(made_of).hexdigest()[:12]}-"
@@ -154,7 +154,7 @@ def _extension() -> Callable[..., int]:
         if path.is_file() and path.stem == name + sha256(path.read_bytes()).hexdigest()[:12]:
             return ctypes.CDLL(str(path)).run
     BUILD.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=BUILD) as folder:  # others find it whole, or not at all
+    with tempfile.TemporaryDirectory(dir=BUILD) as folder:  # so that no process finds half a file
         subprocess.run(
             ["sh", "-ec", COMPILE], cwd=folder, env=os.environ | names, check=True,
             capture_output=True, encoding="utf-8", errors="replace",

@@ -123,8 +123,8 @@ class OutputBlock(nn.Module):
 def channel_means(x: Tensor) -> Tensor:
     """The mean m of each channel of x: b×c from b×c×h×w.
 
-    Not `x.mean`, whose gradient is written out channel by channel in contiguous memory, which takes
-    several times as long to add to others in channels-last memory.
+    Not `x.mean`, whose gradient is contiguous: adding it to channels-last ones is several times
+    slower.
     """
     return x.sum(dim=(2, 3)) / x.shape[2:].numel()
 
@@ -139,7 +139,7 @@ class WhiteningStem(nn.Module):
 
     def __init__(self, filters: int) -> None:
         super().__init__()
-        _check(filters in range(2, 55, 2), "stem_filters", filters, "an even 2 to 54, or 0")
+        _check(filters in range(2, 55, 2), "stem_filters", filters, "an even number, 2 to 54, or 0")
         self.register_buffer("weight", torch.zeros(filters, 3, 3, 3))
 
     @torch.no_grad()
@@ -178,7 +178,7 @@ class BlockNetwork(nn.Module):
         normalise: bool = True, activation: str = "silu", implementation: str = "auto",
     ) -> None:  # fmt: skip
         super().__init__()
-        _check(blocks, "blocks", blocks, "a row for at least one block")
+        _check(blocks, "blocks", blocks, "at least one block")
         _check(activation in ACTIVATIONS, "activation", activation, ", ".join(ACTIVATIONS))
         act = ACTIVATIONS[activation]
         self.stem = nn.Sequential(*([WhiteningStem(stem_filters), act()] if stem_filters else []))
@@ -236,7 +236,7 @@ class Between(nn.Module):
         self.activation, self.residual = activation, bool(residual)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """Of the block's output y and its input x."""
+        """From the block's output y and its input x."""
         y = self.norm(self.pool(y))
         return self.activation(y + x if self.residual else y)
 

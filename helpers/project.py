@@ -38,7 +38,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known, close = list(known), difflib.get_close_matches
     found = " or ".join(close(name, known, 3, 0.5) or known[: 3 * (len(known) < 6)])
     meant = f"did you mean {found}? ({len(known)} are known)"
-    return meant if found else f"none of the {len(known)} known names is like it"
+    return meant if found else f"none of the {len(known)} known names is similar"
 
 
 def write_file(
@@ -78,7 +78,7 @@ def exit_with_message(kept: str) -> Iterator[None]:
         what = getattr(error, "strerror", None) or str(error) or "out of memory"
         where = f"{short(Path(name))}: " if name else ""
         is_writing = getattr(error, "errno", None) in WRITING
-        remedy = "; make room, or use a copy of the project that you may write" * is_writing
+        remedy = "; free some space, or use a copy that you may write" * is_writing
         sys.exit(f"{where}{what}{remedy}.")
     except KeyboardInterrupt:
-        sys.exit(f"Stopped from the keyboard; {kept}.")
+        sys.exit(f"Interrupted; {kept}.")

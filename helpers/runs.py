@@ -61,14 +61,14 @@ def read(name: str) -> Run:
         known = sorted(path.parent.name for path in project.RUNS.glob("*/config.json"))
         raise RunError(f"There is no run {name!r:.60} here: {did_you_mean(name, known)}.")
     if not (folder / "metrics.json").is_file():
-        raise RunError(f"Run {name} is not finished; notebook 03 with its parameters continues it.")
+        raise RunError(f"Run {name} is not finished; resume it in notebook 03.")
     config, metrics = read_json(folder / "config.json"), read_json(folder / "metrics.json")
     try:
         history, batches = (pd.read_csv(folder / f"{part}.csv") for part in ("history", "batches"))
         run = Run(name, config, history, batches, metrics)
         whole = len(history) == metrics["epochs"] and "size" in history and "loss" in batches
         if not whole or config["dataset"] != metrics["dataset"]:
-            raise ValueError("its parts do not fit together")
+            raise ValueError("its files do not fit together")
         table([run])  # has it all, in parameters of this version?
     except (OSError, KeyError, TypeError, ValueError, ProjectError) as error:
         why = f"{type(error).__name__}: {error!s:.80}"
@@ -83,7 +83,7 @@ def finished() -> list[Run]:
         try:
             runs.append(read(path.parent.name))
         except RunError as error:
-            print(f"Left out: {error}")
+            print(f"Skipped: {error}")
     return runs
 
 
@@ -111,7 +111,7 @@ def check_same_data(run: Run, images: ImageData) -> None:
     """Raise a RunError unless the run was trained on these data."""
     if run.metrics["dataset"] != images.name:
         on = run.metrics["dataset"]
-        raise RunError(f"Run {run.name} was trained on {on}, not on {images.name}; name another.")
+        raise RunError(f"Run {run.name} was trained on {on}, not {images.name}; choose another.")
 
 
 def load_network(run: Run) -> BlockNetwork:
@@ -122,13 +122,13 @@ def load_network(run: Run) -> BlockNetwork:
     try:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != run.metrics["weights_sha256"]:
-            raise ValueError("another checksum")
+            raise ValueError("checksum mismatch")
         weights = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
         network.load_state_dict(weights)
     except Exception as error:  # whatever a missing or damaged file leads to
         raise RunError(
-            f"Run {run.name} has no weights that can be used ({short(path)}: "
-            f"{type(error).__name__}); restore them, or name a run that has."
+            f"Run {run.name} has no usable weights ({short(path)}: "
+            f"{type(error).__name__}); restore them, or choose another run."
         ) from None
     return network.eval()
 
@@ -150,7 +150,7 @@ def hardware_of(run: Run) -> str:
 
 def reference_epochs(run: Run) -> float:
     """A run's training time in epochs of the plain network of six 3×3 convolutions at 32 pixels, as
-    `make bench` measured them on its machine: in them machines compare. NaN if not measured."""
+    `make bench` measured them on its machine, which makes machines comparable. NaN if not."""
     made_on = run.metrics["hardware"]
     machine = f"{made_on.get('processor')}, {made_on.get('threads')} threads"
     for path in project.BENCHMARKS.glob("*-threads.csv"):
@@ -176,7 +176,7 @@ def table(runs: list[Run]) -> pd.DataFrame:
         known = run.name, settings.preset, settings.seed, hardware_of(run), recipe
         rows.append((*known, *numbers))
     columns = ["run", "preset", "seed", "hardware", "recipe", *NUMBERS]
-    once = ["seed", "hardware", "recipe"]  # made twice, a run counts once
+    once = ["seed", "hardware", "recipe"]  # a run that was repeated counts once
     return pd.DataFrame(rows, columns=columns).drop_duplicates(once, ignore_index=True)
 
 
@@ -252,14 +252,14 @@ class RunWriter:
             ) from None
         except OSError as error:
             why = f"{short(self.folder)} cannot be written ({error.strerror})"
-            raise RunError(f"{why}; make room, or use a copy that you may write.") from None
+            raise RunError(f"{why}; free some space, or use a copy that you may write.") from None
         return self
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         self.lock.release()
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if full or "allocate memory" in str(error):
-            remedy = "free some and start it again, or use fewer channels under another name"
+            remedy = "free some and restart it, or use fewer channels under another run name"
             raise RunError(f"Run {self.name} ran out of memory; {remedy}.") from None
         if (self.folder / "metrics.json").is_file():
             (self.folder / ".lock").unlink(missing_ok=True)
@@ -295,12 +295,12 @@ class RunWriter:
         self.write(self.checkpoints[0], lambda file: torch.save(state, file), self.checkpoints[1])
 
     def write(self, path: Path, content: Any, keep: Path | None = None) -> bool:
-        """`write_file`, but where that fails it is said, and the training goes on."""
+        """`write_file`, but a failure is only reported, and training continues."""
         try:
             write_file(path, content, keep)
-        except (OSError, RuntimeError) as error:  # torch.save makes the one of the other
+        except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
             why = getattr(error, "strerror", None) or "perhaps the disk is full"
-            self.say(f"{short(path)} could not be written ({why}); the training goes on.")
+            self.say(f"{short(path)} could not be written ({why}); training continues.")
             return False
         return True
 
@@ -329,7 +329,7 @@ class RunWriter:
             for path in self.checkpoints:
                 path.unlink(missing_ok=True)
         else:
-            self.say(f"Run {self.name} stays unfinished: make room, and start it again.")
+            self.say(f"Run {self.name} is still unfinished: free some space, and restart it.")
         tables = pd.DataFrame(self.epochs), pd.DataFrame(self.batches)
         return Run(self.name, self.config, *tables, metrics)
 

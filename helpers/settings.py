@@ -97,7 +97,6 @@ class Settings(Checked):
     translate: Pixels = 2
     flip: bool = True
     cutout: Pixels = 0
-    trivial_augment: float = Field(0.0, ge=0, le=1)
     skip_easy: Share = 0.5
 
     def __init__(self, **given: Any) -> None:
@@ -114,7 +113,7 @@ class Settings(Checked):
         except ValueError as error:  # it says which parameter is not allowed
             fault = str(error).rstrip(".")
         except RuntimeError:
-            fault = f"blocks: nothing is left of images of {size}×{size} pixels; pool fewer blocks"
+            fault = f"blocks: {size}×{size} images shrink to nothing; pool fewer blocks"
         if fault:
             raise ParameterError(f"Parameter {fault}.")
 
@@ -141,7 +140,7 @@ def first_fault(error: ValidationError) -> str:
     where = "".join(f"[{part!r:.40}]" for part in inside)
     what = fault["msg"].replace("Input should", "it should")
     if fault["type"] == "string_pattern_mismatch":
-        what = "it should be of letters, digits, '.', '_' and '-', at most 100"
+        what = "use at most 100 letters, digits, '.', '_' and '-'"
     text = f"{value}".strip("()[], ").lower()
     boolean = "False" if text in ("false", "no", "off", "0") else "True"
     plain = re.fullmatch(r"[\d, ]{1,40}", text)
@@ -149,7 +148,7 @@ def first_fault(error: ValidationError) -> str:
         "bool_type": f"papermill: -p {name} {boolean}",
         "list_type": f"papermill: -y '{{{name}: [{text if plain else '…'}]}}'",
         "string_type": f"papermill: -r {name} {value!s:.30}",
-        "float_type": "in YAML with a point: 1.0e-3",
+        "float_type": "in YAML, write a decimal point: 1.0e-3",
     }
     remedy = f" ({remedies[fault['type']]})" if not inside and fault["type"] in remedies else ""
     return f"Parameter {name}{where} = {value!r:.60}: {what}{remedy}."
@@ -160,11 +159,11 @@ def check_parameters(
 ) -> Settings:
     """The settings of a notebook, from its `globals()`, right after its parameters cell.
 
-    papermill only warns of a name that a notebook does not know, and runs on the defaults. So what
-    the cells since the last check assign has to be a parameter; if nothing was run since, those of
-    the last check. After a check that succeeded the story's own cells are run: from then on only
-    cells that assign a parameter count. A notebook that `takes` but a few refuses the others, and
-    none does without `preset` and `run`. What papermill's -f has read of a preset is read again.
+    papermill only warns about a name that a notebook does not know, and runs on the defaults. So
+    every name assigned since the last check must be a parameter. After a check that succeeded, only
+    cells that assign a parameter count, since the story's own cells follow. A notebook that `takes`
+    but a few refuses the others, and none does without `preset` and `run`. A preset is read again,
+    since papermill's -f is more lenient.
     """
     known, cells, shell = Settings.model_fields.keys(), namespace.get("In", []), get_ipython()
     if shell is not None and namespace is shell.user_ns:
@@ -186,7 +185,7 @@ def check_parameters(
     if missing := {"preset", "run"} & set(takes) - given:
         raise ParameterError(f"Parameter {min(missing)} is not set; run the parameters cell.")
     if settings.preset in {path.stem for path in PRESETS.glob("*.yaml")}:
-        read_preset(settings.preset)  # papermill read it more leniently
+        read_preset(settings.preset)
     pick_precision(settings.precision, pick_device(settings.device))  # can this machine do it?
     namespace["_checked"] = begin, len(cells), True
     return settings
@@ -210,8 +209,8 @@ def assigned(cell: str, is_last: bool = True) -> set[str]:
 
 
 class PlainYaml(yaml.SafeLoader):
-    """YAML without what means something else than it seems to: 012 is ten, 1:30 is ninety, and of
-    two lines with one name the last counts."""
+    """Strict YAML, which refuses ambiguous numbers (012 would be ten, 1:30 ninety) and a name that
+    is given twice."""
 
     def construct_number(self, node: yaml.ScalarNode) -> float:
         if re.match(r"[-+]?0[0-9box_]|.*[:_]", node.value):
@@ -235,7 +234,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return dict(yaml.load(path.read_text(encoding="utf-8"), PlainYaml))
     except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
         why = getattr(error, "problem", None) or error
-        raise ParameterError(f"{short(path)} is no YAML of parameters ({why!s:.80}).") from None
+        raise ParameterError(f"{short(path)} is not valid YAML ({why!s:.80}).") from None
 
 
 def read_preset(name: str) -> dict[str, Any]:
@@ -250,7 +249,7 @@ def read_preset(name: str) -> dict[str, Any]:
         fault = re.sub(r" \(papermill: .*\)", "", str(error))
         raise ParameterError(f"{short(path)}: {fault}") from None
     if parameters.get("preset") != name:
-        raise ParameterError(f"{short(path)} must say preset: {name}.")
+        raise ParameterError(f"{short(path)} must contain preset: {name}.")
     return parameters
 
 
@@ -265,7 +264,7 @@ def pick_device(name: str) -> torch.device:
         except Exception as error:  # whatever a driver raises
             why = f"{candidate} does not work here ({' '.join(str(error).split())[:80]})"
             if name == "auto":
-                print(f"Device {why}; another one is used.")
+                print(f"Device {why}; trying another.")
     raise ParameterError(f"Parameter device = {name!r}: {why}; use auto or cpu.")
 
 
@@ -292,8 +291,8 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 @cache
 def is_bfloat16_faster() -> bool:
-    """Measured with a small convolution: of CPUs with instructions for bfloat16 some take half of
-    float32's time, others half as much again."""
+    """Measured with a small convolution: of CPUs with bfloat16 instructions some take half the time
+    of float32, others 1.5 times as long."""
     seconds = []
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.ones(64, 64, 16, 16, dtype=dtype).to(memory_format=torch.channels_last)

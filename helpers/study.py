@@ -1,7 +1,7 @@
 """Variants of one network, trained from several seeds and compared: `make study`.
 
-`notebooks/runs/study.yaml` lists them in groups. Each run is judged by 5,000 validation images and
-becomes a row of `study.csv` beside it; what is there is not run again.
+`notebooks/runs/study.yaml` lists them in groups. Each run is evaluated on 5,000 validation images
+and becomes a row of `study.csv` beside it; what is there is not run again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Plan(Checked):
 
 
 class Variant(Checked, extra="allow"):
-    """What a run's parameters are made of; all but these stand for themselves."""
+    """What a run's parameters are made of; other keys are passed through."""
 
     words: str = ""
     seeds: list[int]
@@ -53,7 +53,7 @@ class Variant(Checked, extra="allow"):
 
 
 def plans() -> dict[str, Plan]:
-    """The groups by name; a ProjectError if they are not as they have to be."""
+    """The groups by name; a ProjectError if the file is invalid."""
     try:
         groups = read_yaml(project.RUNS / "study.yaml").items()
         return {name: Plan(**plan) for name, plan in groups}
@@ -96,7 +96,7 @@ def run_one(group: str, variant: str, seed: int, settings: Settings) -> dict[str
     """Train one run; its row of the table. The record is deleted."""
     images = data.load_data()
     if images.name != "cifar10":
-        raise ProjectError("The study needs CIFAR-10; the stand-in says nothing about a.")
+        raise ProjectError("The study needs CIFAR-10; put it into data/.")
     network, run = training.train(images, settings)
     _, validation, _ = training.parts(images, settings)
     a, accuracies = evaluation.gates(network, validation), {}
@@ -132,12 +132,12 @@ def first_steps(images: data.ImageData, settings: Settings, rate: float) -> pd.D
 
 
 def compare(results: pd.DataFrame) -> pd.DataFrame:
-    """The difference of every variant to the first one, with intervals that hold together at 95 %:
-    a row for each with its `words`, `difference`, `low`, `high` (fractions), and `n` seeds.
+    """The difference of every variant to the first one, with simultaneous 95% intervals: a row for
+    each with its `words`, `difference`, `low`, `high` (fractions), and `n` seeds.
 
     A seed gives all variants the same order and augmentation of images. So accuracy = variant +
-    seed + rest is fitted by least squares; the rest of all runs gives one standard deviation, and
-    Student's intervals are widened for the number of comparisons (Bonferroni).
+    seed + residual is fitted by least squares, and Student's intervals are widened for the number
+    of comparisons (Bonferroni).
     """
     base, *others = results["variant"].unique()
     fit = ols(f"accuracy ~ C(variant, Treatment({base!r})) + C(seed)", results).fit()
@@ -153,7 +153,7 @@ def compare(results: pd.DataFrame) -> pd.DataFrame:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m helpers.study", description=__doc__)
     parser.add_argument("--cluster", help="address of a Dask cluster whose workers see this folder")
-    with exit_with_message("the rows that are finished are kept"):
+    with exit_with_message("completed rows are kept"):
         parser.add_argument("group", nargs="?", default="a", choices=plans(), help="which runs")
         options = parser.parse_args(arguments)
         path = project.RUNS / "study.csv"
@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
         there = set(done[KEY].itertuples(index=False, name=None))
         missing = [(group, *run) for run in planned(group) if (group, *run[:2]) not in there]
         hours = len(missing) * done.loc[done["group"] == group, "seconds"].mean() / 3600
-        print(f"{len(missing)} runs are missing" + f"; about {hours:.1f} hours" * (hours >= 0))
+        print(f"{len(missing)} runs to train" + f"; about {hours:.1f} hours" * (hours >= 0))
         backend: dict[str, Any] = {"backend": "sequential"}
         if options.cluster:
             from distributed import Client

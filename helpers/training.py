@@ -43,7 +43,7 @@ def train(
     training, validation, test = (part and part.to(device) for part in parts(images, settings))
     with RunWriter(settings, images.name, say) as record:
         if (run := record.finished()) is not None:
-            say(f"Run {run.name} is finished; this is its record.")
+            say(f"Run {run.name} is already finished; this is its record.")
             for row in run.history.to_dict("records"):
                 say(epoch_line(row, settings))
             return load_network(run).to(device), run
@@ -52,17 +52,9 @@ def train(
         state = TrainState(training, settings, device)
         if (checkpoint := record.checkpoint()) is not None:
             state.load(checkpoint)
-            say(f"Run {record.name} goes on in epoch {state.epoch}, batch {len(state.rows) + 1}.")
+            say(f"Run {record.name} resumes in epoch {state.epoch}, batch {len(state.rows) + 1}.")
         while state.epoch <= settings.epochs:
-            for x, labels, index in state.remaining_batches():
-                importance = state.importance[index].to(device)
-                losses, hits = train_step(
-                    state.network, state.optimizers, state.scaler, state.precision,
-                    settings.label_smoothing, x, labels, importance,
-                )  # fmt: skip
-                state.log_batch(index, losses, hits)
-                if state.is_checkpoint_due():
-                    record.save(state.checkpoint())
+            train_epoch(state, record)
             row = state.end_epoch() | measure(state, training, validation, test)
             record.add_epoch(row, state.rows)
             say(epoch_line(row, settings))
@@ -81,11 +73,24 @@ def parts(images: ImageData, settings: Settings) -> tuple[ImageSet, ImageSet | N
     return training.first(settings.train_images), held_out, images.test.first(settings.test_images)
 
 
+def train_epoch(state: TrainState, record: RunWriter) -> None:
+    """The steps of an epoch that are still to be done, with a checkpoint every half minute."""
+    for x, labels, index in state.remaining_batches():
+        importance = state.importance[index].to(x.device)
+        losses, hits = train_step(
+            state.network, state.optimizers, state.scaler, state.precision,
+            state.settings.label_smoothing, x, labels, importance,
+        )  # fmt: skip
+        state.log_batch(index, losses, hits)
+        if state.is_checkpoint_due():
+            record.save(state.checkpoint())
+
+
 def train_step(
     network: nn.Module, optimizers: list[Optimizer], scaler: torch.amp.GradScaler,
     precision: torch.dtype, smoothing: float, x: Tensor, labels: Tensor, importance: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One step on a batch: its losses, b, before the step, and which predictions were right, b.
+    """One step on a batch. Returns the losses before the step, and which predictions are right: b.
 
     Args:
         precision: of the feature maps; weights, momentum and loss stay float32.
@@ -129,8 +134,8 @@ class Muon(Optimizer):
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """A matrix with its singular values brought near 1, by three Newton–Schulz iterations with
-    Muon's coefficients: polynomials of x·xᵀ, a small matrix, whose product x is multiplied by."""
+    """x with singular values near 1, by three Newton–Schulz iterations with Muon's coefficients:
+    polynomials of the small matrix x·xᵀ, whose product is applied to x at the end."""
     if x.shape[0] > x.shape[1]:
         return orthogonal(x.mT).mT
     x = x / (x.norm() + 1e-7)
@@ -263,7 +268,7 @@ class TrainState:
         return True
 
     def end_epoch(self) -> dict[str, Any]:
-        """The epoch's row of the history; after the last one the network is made ready for use."""
+        """The epoch's row of the history; after the last one the network is finalised."""
         if self.epoch == self.settings.epochs:
             recalibrate(self.network, self.training, self.settings)
             round_to_half(self.network)
@@ -283,7 +288,7 @@ class TrainState:
         if not all(value.isfinite().all() for value in values):
             raise ProjectError(
                 f"{what} not finite in epoch {self.epoch}, batch {len(self.rows)}; try a lower "
-                "learning_rate, adam_learning_rate or gate_learning_rate, under another name."
+                "learning_rate, adam_learning_rate or gate_learning_rate, under another run name."
             )
 
     def checkpoint(self) -> dict[str, Any]:
@@ -316,7 +321,7 @@ def recalibrate(network: BlockNetwork, training: ImageSet, settings: Settings) -
 @torch.no_grad()
 def round_to_half(network: nn.Module) -> None:
     """Round what was learned to half precision, in which it is kept, so that the last accuracy is
-    that of the kept weights, to the image."""
+    that of the kept weights."""
     for value in network.state_dict().values():
         if value.is_floating_point():
             value.copy_(value.half())
@@ -326,7 +331,7 @@ def measure(
     state: TrainState, training: ImageSet, validation: ImageSet | None, test: ImageSet
 ) -> dict[str, float]:
     """Accuracies on clean images at the epoch's resolution, in the precision of the training; after
-    the last epoch in float32, and of the test set from six views besides."""
+    the last epoch in float32, and of the test set from six views as well."""
     network, size = state.network, state.settings.image_size(state.epoch)
     last = state.epoch == state.settings.epochs
     precision = torch.float32 if last else state.precision

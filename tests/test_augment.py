@@ -7,14 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.augment import (
-    MEAN_COLOUR,
-    Augmentation,
-    cutout,
-    mirror,
-    shift,
-    trivial_augment,
-)
+from helpers.augment import Augmentation, cutout, mirror, shift
 from helpers.settings import Settings
 
 
@@ -52,29 +45,8 @@ def test_cutout_covers_a_square_and_nothing_else() -> None:
     assert torch.equal(covered, expected) and not images.any()
 
 
-def test_trivial_augment_alters_the_chosen_repeatably_and_no_other_chance() -> None:
-    images, which, before = some_images(), torch.arange(40) % 2 == 0, torch.get_rng_state()
-    altered = trivial_augment(images, which, seeded(1))
-    assert torch.equal(torch.get_rng_state(), before) and altered.dtype == torch.uint8
-    same = (altered == images).flatten(1).all(dim=1)
-    assert same[~which].all() and not same[which].all()
-    torch.rand(5)
-    assert torch.equal(trivial_augment(images, which, seeded(1)), altered)
-    assert not torch.equal(trivial_augment(images, which, seeded(2)), altered)
-    assert torch.equal(images, some_images())  # nothing is written into what was given
-
-
 def made(count: int, **wanted: object) -> Augmentation:
     return Augmentation(count, seeded(), Settings(**{"translate": 0, "flip": False} | wanted))
-
-
-def test_trivial_augment_fills_with_the_mean_colour_and_takes_the_share_asked_for() -> None:
-    white, index = torch.full((800, 3, 32, 32), 255, dtype=torch.uint8), torch.arange(800)
-    augment = made(800, trivial_augment=0.5)
-    first, second = augment(white, index, 0), augment(white, index, 1)
-    filled = (first == torch.tensor(MEAN_COLOUR).view(1, 3, 1, 1)).all(dim=1).flatten(1).any(dim=1)
-    # Half of the images, of which 5 operations of 14 move; groups of eight have one in common.
-    assert 60 < filled.sum() < 240 and not torch.equal(first, second)
 
 
 def test_the_flip_alternates_and_belongs_to_the_image() -> None:
@@ -100,7 +72,7 @@ def test_every_shift_and_every_centre_of_a_cutout_occurs() -> None:
 def test_all_chance_comes_from_the_generator_which_the_start_asks_once() -> None:
     images, index, before = some_images(), torch.arange(40), torch.get_rng_state()
     generator, other = seeded(3), seeded(3)
-    settings = Settings(cutout=8, trivial_augment=0.5)
+    settings = Settings(cutout=8)
     first = Augmentation(40, generator, settings)
     torch.rand(40, generator=other)
     assert torch.equal(generator.get_state(), other.get_state())

@@ -197,7 +197,7 @@ def test_a_download_that_fails_is_an_error_and_leaves_nothing(
     home: Path, server: SimpleNamespace, fault: str
 ) -> None:
     server.faults += [fault] * 5
-    with pytest.raises(ProjectError, match="data/ does not give CIFAR-10: "):
+    with pytest.raises(ProjectError, match="data/ does not hold CIFAR-10: "):
         data.load_data()
     assert not [p for p in (home / "project" / "data").iterdir() if p.name[0] != "."]
     assert data.load_data().name == "cifar10" and server.asked == 6
@@ -286,7 +286,7 @@ def test_the_training_loader_gives_every_image_once_in_even_batches(small: Image
 def test_loaders_draw_from_their_generator_alone(small: ImageData) -> None:
     def two_epochs(seed: int) -> Tensor:
         generator, batches = seeded(seed), []
-        augment = Augmentation(500, generator, Settings(cutout=8, trivial_augment=0.5))
+        augment = Augmentation(500, generator, Settings(cutout=8))
         for epoch in range(2):
             for x, *_ in data.training_loader(small.test, 100, augment, generator, epoch):
                 batches.append(x)

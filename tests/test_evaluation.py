@@ -140,7 +140,7 @@ def test_corruptions_grow_from_nothing(network: BlockNetwork, image_set: ImageSe
     table = evaluation.robustness(network, some, torch.float32)
     own = evaluation.accuracy(evaluation.predict(network, some), some.labels)
     assert table.loc[table["step"] == 0, "accuracy"].tolist() == [own] * 4
-    assert table["strength"][1:6].tolist() == evaluation.CORRUPTIONS["noise: deviation, levels"]
+    assert table["strength"][1:6].tolist() == evaluation.CORRUPTIONS["noise: σ (grey levels)"]
 
 
 def test_what_a_tells(image_set: ImageSet) -> None:

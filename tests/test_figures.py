@@ -79,9 +79,9 @@ def test_curves_are_those_of_the_run() -> None:
     (axes,) = figures.batch_losses(BATCHES, HISTORY["size"]).axes
     assert list(axes.lines[0].get_ydata()) == list(BATCHES["loss"])
     whole, tail = figures.accuracy_by_epoch(HISTORY, 0.8851).axes
-    assert [line.get_label() for line in whole.lines] == ["test", "published report, 88.51 %"]
+    assert [line.get_label() for line in whole.lines] == ["test", "published report, 88.51%"]
     assert list(whole.lines[0].get_ydata()) == pytest.approx([50, 70, 80, 90, 91, 93])
-    assert [patch.get_label() for patch in whole.patches] == ["trained at 16 and 24 pixels"]
+    assert [patch.get_label() for patch in whole.patches] == ["reduced resolution (16, 24 pixels)"]
     assert tail.get_ylim()[0] == 90 and tail.get_xlim() == (3.5, 6.5)
 
 

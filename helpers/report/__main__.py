@@ -4,7 +4,7 @@
     python -m helpers.report --publish --only 01 02
 
 The first executes copies of the notebooks in report/<run>/ and renders them there; stopped and
-started again, it goes on. The second stores in notebooks/ what the notebooks give with their own
+started again, it resumes. The second stores in notebooks/ what the notebooks give with their own
 parameters. Both end with the sheet's PDF.
 """
 
@@ -60,12 +60,12 @@ def publish(numbers: list[str]) -> None:
     """Execute notebooks with their own parameters and store the outputs in `notebooks/`; with 04
     comes the PDF of the run that it analyses. The README's table is written anew."""
     if data.load_data().name != "cifar10":
-        raise ProjectError("Outputs are stored for CIFAR-10, and here is the stand-in data.")
+        raise ProjectError("Outputs are published for CIFAR-10 only; put it into data/.")
     for name in execute.SEQUENCE:
         if name[:2] in numbers:
             target = execute.REPORT / "published" / f"{name}.ipynb"
             execute.store_outputs(name, execute.execute(name, target, {}))
-            print(f"{name} is stored", flush=True)
+            print(f"Stored {name}", flush=True)
     if execute.ANALYSIS[:2] in numbers:
         make_pdf(runs.read(execute.submitted()), execute.NOTEBOOKS / "report.pdf")
     update_readme()
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
             publish(options.only or NUMBERS)
         else:
             preset = "small" if options.preset is None else options.preset
-            print(f"Begin with {short(make_report(preset, options.seed or 0))}")
+            print(f"Open {short(make_report(preset, options.seed or 0))}")
 
 
 if __name__ == "__main__":

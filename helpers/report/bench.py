@@ -59,7 +59,7 @@ def measure(what: str, precision: torch.dtype) -> pd.DataFrame:
     words, kinds, settings = zip(*cases(what))
     steps = [training_step(kind, own, precision) for kind, own in zip(kinds, settings)]
     spent: list[list[float]] = [[] for _ in steps]
-    for turn in range(1 + ROUNDS):  # there and back, as a step leaves the next one its caches
+    for turn in range(1 + ROUNDS):  # alternating the order, as a step warms the caches for the next
         for step, own in [*zip(steps, spent)][:: (-1) ** turn]:
             begin = time.perf_counter()
             step()
@@ -72,13 +72,13 @@ def measure(what: str, precision: torch.dtype) -> pd.DataFrame:
     })  # fmt: skip
     print(f"\n{table.to_string(index=False, float_format='%.4g')}", flush=True)
     if what == REFERENCE:
-        print(f"So the reference epoch of 50,000 images takes {median[0] / 10:.0f} s.")
+        print(f"A reference epoch, 50,000 images: {median[0] / 10:.0f} s.")
     return table
 
 
 def main(arguments: list[str] | None = None) -> None:
     argparse.ArgumentParser("python -m helpers.report.bench", None, __doc__).parse_args(arguments)
-    with exit_with_message("the table is as it was"):
+    with exit_with_message("the table is unchanged"):
         cpu = torch.device("cpu")
         dtypes = dict.fromkeys([torch.float32, pick_precision("auto", cpu)])
         table = pd.concat([measure(what, own) for own in dtypes for what in (REFERENCE, NETWORKS)])
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
         table.insert(0, "machine", machine)
         path = BENCHMARKS / f"{re.sub(r'[^a-z0-9]+', '-', machine.lower())}.csv"
         write_file(path, table.to_csv(index=False, float_format="%.4g"))
-        print(f"{short(path)} is written.")
+        print(f"Wrote {short(path)}.")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def execute(
         )
     except PapermillExecutionError as error:
         said = textwrap.shorten(f"{error.ename}: {error.evalue}".rstrip("."), 180, placeholder=" …")
-        stopped = f"in its cell [{error.exec_count}] with {said}"
+        stopped = f"at cell [{error.exec_count}]: {said}"
     except DeadKernelError:
         stopped = "because its kernel died, perhaps out of memory"
     except (NoSuchKernel, RuntimeError, json.JSONDecodeError) as error:  # no kernel

@@ -30,14 +30,14 @@ INTRODUCTION = """# CIFAR-10 with input-weighted convolution blocks
 
 The modules that the report calls, then its five notebooks, 01 to 05. On Google Colab choose a
 runtime with a GPU and run all cells: CIFAR-10 is downloaded, and the network is trained. The
-outputs shown are those of the submitted run, whose record and weights were there already."""
+outputs shown are those of the submitted run, whose record was available."""
 CODE = """## The code
 
 Each cell writes a module, or a table of earlier results, to where the notebooks read it."""
 PARAMETERS = """## Parameters and data
 
 First every parameter, with its default."""
-CHANGED = """Then the values of the submitted run, where they are others. All are checked before the
+CHANGED = """Then the values of the submitted run, where they differ. All are checked before the
 images are read, once for all notebooks."""
 
 
@@ -95,7 +95,7 @@ def write() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     argparse.ArgumentParser("python -m helpers.report.handin", None, __doc__).parse_args(arguments)
-    with exit_with_message("the hand-in is as it was"):
+    with exit_with_message("the hand-in is unchanged"):
         write()
         print("handin/report.ipynb and handin/report.pdf are ready.")
 

@@ -1,5 +1,5 @@
 """Pages that a browser shows offline: the notebooks, an overview that leads with the result, and
-the explorer of single test images; and the README's table of results."""
+the explorer of individual test images; and the README's table of results."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ STAND_IN = "SYNTHETIC STAND-IN DATA: the numbers on this page say nothing about 
 PAGES = [
     *((f"{name}.html", name.replace("_", " ")) for name in SEQUENCE),
     ("explorer.html", "explorer: single images"),
-    ("report.pdf", "three pages to print (PDF)"),
+    ("report.pdf", "three-page report (PDF)"),
 ]
 SHOWN = 300  # images in the explorer, about 3 kB each
 TEMPLATES = FileSystemLoader(Path(__file__).parent)
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
 HEAD = """\
-| what | hardware | minutes | reference epochs | test accuracy in % | with six views | n |
+| what | hardware | minutes | reference epochs | test accuracy (%) | six views (%) | n |
 |:--|:--|--:|--:|--:|--:|--:|
 """
 
@@ -57,8 +57,8 @@ class PageExporter(HTMLExporter):
 
 
 def render(notebook: NotebookNode, target: Path, dataset: str) -> None:
-    """Write `notebook` as the page `target`, which needs nothing beside itself, network included;
-    on any `dataset` but CIFAR-10 it says so on top."""
+    """Write `notebook` as the page `target`, self-contained and readable offline; on
+    any `dataset` but CIFAR-10 it says so on top."""
     resources = {
         "metadata": {"name": target.stem.replace("_", " ")},
         "stand_in": STAND_IN * (dataset != "cifar10"),
@@ -140,11 +140,11 @@ def results_table() -> str:
 
 
 def with_table(text: str) -> str:
-    """The README with the table of today."""
+    """The README with the current table."""
     before, _, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
-        raise ProjectError(f"README.md has to hold {BEGIN.strip()} and {END}; put them back.")
+        raise ProjectError(f"README.md must contain {BEGIN.strip()} and {END}; put them back.")
     return before + BEGIN + results_table() + END + after
 
 

@@ -33,7 +33,7 @@ def plots(run: runs.Run) -> dict[str, str]:
         "accuracy": figures.accuracy_by_epoch(run.history),
     }
     drawn["network"].set_size_inches(6.7, 1.9)  # flat: the first page has to hold much
-    drawn["network"].axes[0].set_ylabel("feature map\nin pixels")
+    drawn["network"].axes[0].set_ylabel("feature map\n(pixels)")
     written = {name: io.StringIO() for name in drawn}
     for name, file in written.items():
         drawn[name].savefig(file, format="svg", metadata={"Date": None})
@@ -41,7 +41,7 @@ def plots(run: runs.Run) -> dict[str, str]:
 
 
 def pdf_content(run: runs.Run) -> dict[str, Any]:
-    """What `report.typ` makes its sentences of. The project's history belongs to its own run."""
+    """What `report.typ` builds its text from. The project's history belongs to its own run."""
     settings, metrics = run.settings, run.metrics
     # What follows a block stands in its row of the table of layers.
     layers = layer_table(settings.network()).rename(index=lambda name: name.removeprefix("after "))
