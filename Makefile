@@ -1,7 +1,7 @@
 # From a fresh clone, with Python 3.11 or newer and make: `make report`.
 
 PRESET ?= small
-SEED ?= 0
+SEED ?=
 ONLY ?=
 GROUP ?= a
 PYTHON ?= python3
@@ -18,8 +18,8 @@ help:  ## this list
 	@echo "make <target>, where <target> is one of"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-report: $(READY)  ## execute and render the notebooks: PRESET=small (or smoke, medium, large), SEED=0
-	@$(BIN)/python -m helpers.report --preset "$(PRESET)" --seed "$(SEED)"
+report: $(READY)  ## execute and render the notebooks: PRESET=small (or smoke, medium, large), SEED=1
+	@$(BIN)/python -m helpers.report --preset "$(PRESET)" $(if $(SEED),--seed "$(SEED)")
 
 test: $(READY)  ## check the style and run all but the slow tests
 	@$(BIN)/ruff check .
@@ -44,10 +44,10 @@ soak: $(READY)  ## kill a run a hundred times: are its bits those of an undistur
 	@$(BIN)/python tests/soak.py
 
 publish: $(READY)  ## store the notebooks' outputs (ONLY="01 02": of some) and the README's table
-	@$(BIN)/python -m helpers.report --publish $(if $(ONLY),--only $(ONLY))
+	@$(BIN)/python -m helpers.report --publish $(ONLY)
 
-handin: $(READY)  ## what is handed in, in handin/: the PDF and one notebook that needs nothing else
-	@$(BIN)/python -m helpers.report.handin
+handin: $(READY)  ## make handin/: the PDF and one self-contained notebook
+	@$(BIN)/python -m helpers.report --handin
 
 $(READY): requirements.txt pyproject.toml | $(BIN)/python
 	@echo "Installing requirements.txt into .venv (PyTorch is large: this takes some minutes)."

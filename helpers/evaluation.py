@@ -8,7 +8,6 @@ import copy
 import io
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -134,22 +133,16 @@ def confident_mistakes(logits: Tensor, labels: Tensor, count: int) -> Tensor:
     return wrong[confidence(logits)[wrong].argsort(descending=True)][:count]
 
 
-class Calibration(NamedTuple):
-    """Confidence against accuracy in bins of equal width, one entry for each that is not empty."""
-
-    confidence: np.ndarray  # mean in the bin
-    accuracy: np.ndarray  # of the bin's images
-    count: np.ndarray  # images in the bin
-    error: float  # expected calibration error: mean |accuracy − confidence| over images
-
-
-def calibration(logits: Tensor, labels: Tensor, bins: int = 15) -> Calibration:
-    """Calibration of the predictions (Guo et al., arXiv 1706.04599)."""
+def calibration(logits: Tensor, labels: Tensor, bins: int = 15) -> tuple[pd.DataFrame, float]:
+    """Mean `confidence`, `accuracy` and number of `images` in bins of equal width, a row for each
+    that is not empty; and the expected calibration error, the mean |accuracy − confidence| over
+    images (Guo et al., arXiv 1706.04599)."""
     sure, right = confidence(logits).double().numpy(), is_correct(logits, labels).numpy()
     which = np.minimum((sure * bins).astype(int), bins - 1)
-    by_bin = pd.DataFrame({"sure": sure, "right": right}).groupby(which)
-    (sure, right), count = by_bin.mean().to_numpy().T, by_bin.size().to_numpy()
-    return Calibration(sure, right, count, float(abs(right - sure) @ count / count.sum()))
+    by_bin = pd.DataFrame({"confidence": sure, "accuracy": right}).groupby(which)
+    table = by_bin.mean().assign(images=by_bin.size())
+    gap = (table["accuracy"] - table["confidence"]).abs()
+    return table, float(np.average(gap, weights=table["images"]))
 
 
 def fitted_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -243,10 +236,8 @@ def explained_by_colour(a: Tensor, images: Tensor) -> float:
     if float(a.std(dim=0).max()) < 1e-6:
         return math.nan
     colour = torch.cat(torch.std_mean(images.cpu().flatten(2).float(), dim=2), dim=1).numpy()
-    folds, model = (
-        model_selection.KFold(5, shuffle=True, random_state=0),
-        linear_model.LinearRegression(),
-    )
+    folds = model_selection.KFold(5, shuffle=True, random_state=0)
+    model = linear_model.LinearRegression()
     predicted = model_selection.cross_val_predict(model, colour, a.numpy(), cv=folds)
     return float(metrics.r2_score(a.numpy(), predicted, multioutput="variance_weighted"))
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import itertools
-import sys
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import seaborn as sns
+from IPython import get_ipython
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -19,7 +18,7 @@ from pandas import DataFrame, Series
 from torch import Tensor
 
 from helpers.data import IMAGE_SIZE
-from helpers.evaluation import Calibration, interval
+from helpers.evaluation import interval
 from helpers.model import BlockNetwork, layer_table
 from helpers.project import FIGURES, short, write_file
 
@@ -42,8 +41,7 @@ Names = Sequence[str]
 
 def use_style() -> None:
     """Set the one style of all figures; in a notebook, show them inline whatever MPLBACKEND is."""
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    if getattr(shell, "kernel", None) is not None:
+    if getattr(shell := get_ipython(), "kernel", None) is not None:
         shell.run_line_magic("matplotlib", "inline")
     style = {"axes.grid": True, "axes.spines.top": False, "axes.spines.right": False}
     style |= {"figure.dpi": 110, "figure.labelsize": 12, "errorbar.capsize": 3, "grid.color": "0.9"}
@@ -53,11 +51,10 @@ def use_style() -> None:
 
 def save(figure: Figure, name: str, label: str) -> Figure:
     """Write `figures/<label>/<name>.svg`, or say why not; returns the figure."""
-    path, file = FIGURES / label / f"{name}.svg", io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
+    path = FIGURES / label / f"{name}.svg"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, file.getvalue())
+        write_file(path, lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
     except OSError as error:
         print(f"{short(path)} could not be saved: {error.strerror or error}.")
     return figure
@@ -361,11 +358,11 @@ def class_accuracies(table: DataFrame) -> Figure:
     return drawn
 
 
-def reliability(calibration: Calibration) -> Figure:
-    """Accuracy against confidence, above the number of images in each bin."""
-    sure, right, count = calibration.confidence, calibration.accuracy, calibration.count
-    ends = [interval(round(n * share), n) for n, share in zip(count, right)]
-    error = _intervals(DataFrame(ends, columns=["low", "high"]).assign(accuracy=right))
+def reliability(table: DataFrame) -> Figure:
+    """Accuracy against confidence, above the number of images in each bin of `calibration`."""
+    sure, right, count = (table[name] for name in ("confidence", "accuracy", "images"))
+    low, high = zip(*(interval(round(n * share), n) for n, share in zip(count, right)))
+    error = _intervals(table.assign(low=low, high=high))
     drawn, ((upper,), (lower,)) = _panels(2, 1, 4.6, sharex=True, height_ratios=(3, 1))
     upper.plot([0, 100], [0, 100], label="perfectly calibrated", **DASHED)
     label = "test, 95% intervals"

@@ -71,7 +71,7 @@ class IntermediateBlock(nn.Module):
         a = self.gate(x)  # b×L
         if self.is_mixed(x):
             biases = None if self.branches[0].bias is None else [C.bias for C in self.branches]
-            return mixing.mixed_convolution(x, a, self.kernels(), biases)
+            return mixing.mixed_convolution(x, a, [C.weight for C in self.branches], biases)
         maps = [C(x) for C in self.branches]  # L of b×c′×⌈h/stride⌉×⌈w/stride⌉
         a = a.to(maps[0].dtype)[:, :, None, None, None]  # b×L×1×1×1
         return reduce(torch.add, (a[:, l] * y for l, y in enumerate(maps)))
@@ -96,14 +96,10 @@ class IntermediateBlock(nn.Module):
         self.fc.weight.requires_grad_(self.gate_kind not in ("constant", "uniform"))
         self.fc.bias.requires_grad_(self.gate_kind != "uniform")
 
-    def kernels(self) -> list[Tensor]:
-        """The kernels of the L branches, c′×c×k×k each."""
-        return [C.weight for C in self.branches]
-
     def is_mixed(self, x: Tensor) -> bool:
         """Whether the C++ extension evaluates the sum for this x."""
         if self.implementation == "auto":
-            return mixing.is_faster(x, self.kernels(), self.stride)
+            return mixing.is_faster(x, [C.weight for C in self.branches], self.stride)
         mixed = self.implementation == "mixed"
         _check(self.stride == 1 or not mixed, "stride", self.stride, "1 with the C++ extension")
         return mixed
@@ -121,12 +117,8 @@ class OutputBlock(nn.Module):
 
 
 def channel_means(x: Tensor) -> Tensor:
-    """The mean m of each channel of x: b×c from b×c×h×w.
-
-    Not `x.mean`, whose gradient is contiguous: adding it to channels-last ones is several times
-    slower.
-    """
-    return x.sum(dim=(2, 3)) / x.shape[2:].numel()
+    """The mean m of each channel of x: b×c from b×c×h×w."""
+    return x.sum(dim=(2, 3)) / x.shape[2:].numel()  # x.mean is slower in channels-last memory
 
 
 class WhiteningStem(nn.Module):
@@ -168,9 +160,6 @@ class BlockNetwork(nn.Module):
         normalise: whether batch normalisation follows each block.
         activation: after the stem and each block: a name in `ACTIVATIONS`.
         implementation: see `IntermediateBlock`.
-
-    Raises:
-        ValueError: an argument that is not allowed.
     """
 
     def __init__(
@@ -213,11 +202,6 @@ class BlockNetwork(nn.Module):
             a.append(block.gate(x))
             x = between(block(x), x)
         return a
-
-    def fit_stem(self, images: Tensor) -> None:
-        """Set the whitening filters, if there is a stem, from normalised training images."""
-        if self.stem:
-            self.stem[0].fit(images)
 
 
 class Between(nn.Module):

@@ -34,9 +34,9 @@ def short(path: Path) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The one to three known names most like a wrong one, and how many there are."""
+    """The known names most like a wrong one (of a few names: all), and how many there are."""
     known, close = list(known), difflib.get_close_matches
-    found = " or ".join(close(name, known, 3, 0.5) or known[: 3 * (len(known) < 6)])
+    found = " or ".join(close(name, known, 3, 0.5) or sorted(known) * (len(known) < 6))
     meant = f"did you mean {found}? ({len(known)} are known)"
     return meant if found else f"none of the {len(known)} known names is similar"
 

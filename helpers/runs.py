@@ -66,7 +66,8 @@ def read(name: str) -> Run:
     try:
         history, batches = (pd.read_csv(folder / f"{part}.csv") for part in ("history", "batches"))
         run = Run(name, config, history, batches, metrics)
-        whole = len(history) == metrics["epochs"] and "size" in history and "loss" in batches
+        whole = len(history) == metrics["epochs"] and "loss" in batches
+        whole = whole and {"size", "test_accuracy"} <= {*history}
         if not whole or config["dataset"] != metrics["dataset"]:
             raise ValueError("its files do not fit together")
         table([run])  # has it all, in parameters of this version?
@@ -154,10 +155,13 @@ def reference_epochs(run: Run) -> float:
     made_on = run.metrics["hardware"]
     machine = f"{made_on.get('processor')}, {made_on.get('threads')} threads"
     for path in project.BENCHMARKS.glob("*-threads.csv"):
-        for row in read_table(path).itertuples():
-            found = (row.machine, row.precision) == (machine, made_on["precision"])
-            if found and row.what.startswith("reference") and made_on["device"] == "cpu":
-                return run.metrics["train_seconds"] / (row.milliseconds / 10)
+        with contextlib.suppress(RunError):  # a damaged table says nothing about others
+            for row in read_table(
+                path, "machine", "precision", "what", "milliseconds"
+            ).itertuples():
+                found = (row.machine, row.precision) == (machine, made_on["precision"])
+                if found and row.what.startswith("reference") and "gpu" not in made_on:
+                    return run.metrics["train_seconds"] / (row.milliseconds / 10)
     return float("nan")
 
 

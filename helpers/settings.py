@@ -6,7 +6,7 @@ import ast
 import re
 import symtable
 import timeit
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from itertools import takewhile
 from pathlib import Path
@@ -26,7 +26,6 @@ from helpers.project import PRESETS, ProjectError, did_you_mean, short
 CHECK = "check_parameters("  # what is before it in a cell is read
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 Gate = Literal["linear", "softmax", "sigmoid", "constant", "uniform"]
-Images = Annotated[int, Field(ge=0, le=TRAINING_IMAGES)]
 Size = Annotated[int, Field(ge=8, lt=IMAGE_SIZE)]
 Pixels = Annotated[int, Field(ge=0, lt=IMAGE_SIZE)]
 Rate = Annotated[float, Field(ge=0, le=100)]
@@ -47,7 +46,7 @@ class Checked(Strict):
         try:
             super().__init__(**given)
         except ValidationError as error:
-            raise ParameterError(first_fault(error)) from None
+            raise ParameterError(first_fault(error, type(self).model_fields)) from None
 
 
 class Block(Strict):
@@ -76,7 +75,7 @@ class Settings(Checked):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
     validation: int = Field(0, ge=0, le=TRAINING_IMAGES - 1000)
-    train_images: Images = 0
+    train_images: int = Field(0, ge=0, le=TRAINING_IMAGES)
     test_images: int = Field(0, ge=0, le=TEST_IMAGES)
 
     blocks: list[Block] = Field(six_blocks([3, 1], [32, 128, 128]), strict=False)
@@ -105,6 +104,8 @@ class Settings(Checked):
         size, fault = min([IMAGE_SIZE, *self.first_sizes]), ""
         if self.train_images + self.validation > TRAINING_IMAGES:
             fault = f"train_images and validation: there are {TRAINING_IMAGES} images in all"
+        elif 0 < self.train_images < 50 or 0 < self.test_images < 50:
+            fault = "train_images and test_images: use at least 50, or 0 for all"
         elif len(self.first_sizes) >= self.epochs:
             fault = "first_sizes: there must be fewer than epochs; the last epoch is at 32 pixels"
         try:
@@ -131,12 +132,12 @@ class Settings(Checked):
         return BlockNetwork(rows, self.gate, self.stem_filters, self.normalise, self.activation)
 
 
-def first_fault(error: ValidationError) -> str:
+def first_fault(error: ValidationError, known: Iterable[str]) -> str:
     """The first of pydantic's findings as one sentence, with how papermill takes such a value."""
     fault = error.errors()[0]
     (name, *inside), value = fault["loc"], fault["input"]
     if fault["type"] == "extra_forbidden" and not inside:
-        return f"Parameter {name:.60} is not known: {did_you_mean(name, Settings.model_fields)}."
+        return f"Parameter {name:.60} is not known: {did_you_mean(name, known)}."
     where = "".join(f"[{part!r:.40}]" for part in inside)
     what = fault["msg"].replace("Input should", "it should")
     if fault["type"] == "string_pattern_mismatch":

@@ -49,7 +49,7 @@ class Variant(Checked, extra="allow"):
         small, middle, full = self.sizes
         blocks = self.model_extra.get("blocks") or six_blocks(self.kernels, self.widths)
         schedule = {"epochs": small + middle + full, "first_sizes": [16] * small + [24] * middle}
-        return Settings(**self.model_extra | schedule | own | {"blocks": blocks})
+        return Settings(**schedule | self.model_extra | own | {"blocks": blocks})
 
 
 def plans() -> dict[str, Plan]:
@@ -70,8 +70,11 @@ def planned(group: str) -> Iterator[tuple[str, int, Settings]]:
             variant = Variant(**common | changes)
             common = common | changes if plan.ladder else common
             if seed in variant.seeds:
-                run = f"study-{group}-{name}-seed{seed}"
-                yield name, seed, variant.settings(seed=seed, run=run)
+                yield name, seed, variant.settings(seed=seed, run=run_name(group, name, seed))
+
+
+def run_name(group: str, variant: str, seed: int) -> str:
+    return f"study-{group}-{variant}-seed{seed}"
 
 
 def table(group: str) -> pd.DataFrame:
@@ -93,7 +96,7 @@ def ladder() -> pd.DataFrame:
 
 
 def run_one(group: str, variant: str, seed: int, settings: Settings) -> dict[str, Any]:
-    """Train one run; its row of the table. The record is deleted."""
+    """Train one run; its row of the table."""
     images = data.load_data()
     if images.name != "cifar10":
         raise ProjectError("The study needs CIFAR-10; put it into data/.")
@@ -104,7 +107,6 @@ def run_one(group: str, variant: str, seed: int, settings: Settings) -> dict[str
         changed = evaluation.with_replaced_gates(network, a, what)
         logits = evaluation.predict(changed, validation)
         accuracies[f"accuracy_{what}"] = evaluation.accuracy(logits, validation.labels)
-    shutil.rmtree(run.folder)
     return {
         "group": group, "variant": variant, "seed": seed,
         "accuracy": run.metrics["validation_accuracy"], **accuracies,
@@ -116,7 +118,7 @@ def run_one(group: str, variant: str, seed: int, settings: Settings) -> dict[str
 def first_steps(images: data.ImageData, settings: Settings, rate: float) -> pd.DataFrame:
     """The first 40 steps of a training, on the CPU and not recorded, with this rate for a linear a:
     `loss` of the batch, and the `largest` |a| in it after the step."""
-    changes = {"gate": "linear", "gate_learning_rate": rate}
+    changes = {"gate": "linear", "gate_learning_rate": rate, "precision": "float32"}
     some, *_ = training.parts(images, settings)
     state = training.TrainState(some, settings.model_copy(update=changes), torch.device("cpu"))
     rows = []
@@ -176,6 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
             for row in joblib.Parallel(return_as="generator_unordered")(jobs):
                 done = pd.concat([runs.read_table(path), pd.DataFrame([row])])
                 write_file(path, done.to_csv(index=False))
+                shutil.rmtree(project.RUNS / run_name(*(row[key] for key in KEY)))
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def train_epoch(state: TrainState, record: RunWriter) -> None:
             state.settings.label_smoothing, x, labels, importance,
         )  # fmt: skip
         state.log_batch(index, losses, hits)
-        if state.is_checkpoint_due():
+        if time.perf_counter() - state.last_save >= SECONDS_BETWEEN_CHECKPOINTS:
             record.save(state.checkpoint())
 
 
@@ -176,7 +176,8 @@ def initial_network(training: ImageSet, settings: Settings) -> BlockNetwork:
         passed_on = branch.weight.detach()[: branch.in_channels]
         noise = passed_on.clone()
         nn.init.dirac_(passed_on).add_(noise)
-    network.fit_stem(data.normalise(training.images[:5000].cpu()))
+    if network.stem:
+        network.stem[0].fit(data.normalise(training.images[:5000].cpu()))
     return network.to(memory_format=torch.channels_last)
 
 
@@ -259,14 +260,6 @@ class TrainState:
         self.seconds = time.perf_counter() - self.epoch_start
         self.check_finite("The loss is", [losses])
 
-    def is_checkpoint_due(self) -> bool:
-        """Whether the last checkpoint is half a minute old."""
-        if time.perf_counter() - self.last_save < SECONDS_BETWEEN_CHECKPOINTS:
-            return False
-        self.check_finite("Weights are", self.network.state_dict().values())
-        self.last_save = time.perf_counter()
-        return True
-
     def end_epoch(self) -> dict[str, Any]:
         """The epoch's row of the history; after the last one the network is finalised."""
         if self.epoch == self.settings.epochs:
@@ -292,6 +285,7 @@ class TrainState:
             )
 
     def checkpoint(self) -> dict[str, Any]:
+        self.last_save = time.perf_counter()
         return {
             "network": self.network.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],

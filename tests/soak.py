@@ -7,7 +7,7 @@ The small network learns from a part of the stand-in, in a process of its own, w
 after every batch. That process is killed (SIGKILL) and started again: of ten times five while a
 checkpoint is being written, four at a random moment of its training, once of its start. In the end
 it is left alone, and its weights, losses and history are compared with those of a run that was
-never disturbed. The result is written to `notebooks/benchmarks/soak.json`.
+never disturbed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pandas as pd
-import torch
-
-from helpers import data, project, runs, training
+from helpers import data, project, training
 from helpers.settings import Settings
 
 EPOCHS = 60
@@ -88,21 +85,9 @@ def survive(folder: Path, kills: int, chance: random.Random) -> int:
     return halves
 
 
-def same(ours: Path, theirs: Path) -> dict[str, bool]:
-    """Which parts of two runs' records are equal to the bit."""
-    one, two = (torch.load(path / "weights.pt", weights_only=True) for path in (ours, theirs))
-    histories = [
-        pd.read_csv(path / "history.csv").drop(columns="seconds") for path in (ours, theirs)
-    ]
-    batches = [(path / "batches.csv").read_bytes() for path in (ours, theirs)]
-    return {
-        "weights": all(torch.equal(one[name], two[name]) for name in one | two),
-        "history": histories[0].equals(histories[1]),
-        "batches": batches[0] == batches[1],
-    }
-
-
 def main() -> None:
+    from test_training import assert_same_bits  # beside this file
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kills", type=int, nargs="?", default=100)
     kills = parser.parse_args().kills
@@ -111,17 +96,8 @@ def main() -> None:
         halves = survive(disturbed, kills, random.Random(0))
         if start(undisturbed).wait():
             raise SystemExit("The undisturbed run did not end well.")
-        interruptions = runs.read_json(disturbed / "soak" / "metrics.json")["interruptions"]
-        result = {
-            "kills": kills,
-            "kills_that_left_half_a_checkpoint": halves,
-            "interruptions_in_the_record": interruptions,
-            "epochs": EPOCHS,
-            "equal": same(disturbed / "soak", undisturbed / "soak"),
-        } | runs.surroundings(torch.device("cpu"), torch.bfloat16)
-    project.write_file(project.BENCHMARKS / "soak.json", runs.as_json(result))
-    print(f"{kills} kills; equal: {result['equal']}")
-    sys.exit(not all(result["equal"].values()))
+        assert_same_bits(disturbed / "soak", undisturbed / "soak")
+    print(f"{kills} kills, {halves} of them within a checkpoint: the same bits.")
 
 
 if __name__ == "__main__":

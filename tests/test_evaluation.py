@@ -104,12 +104,12 @@ def test_confusion_pairs_and_classes_by_hand() -> None:
 
 def test_calibration_selection_and_mistakes_by_hand() -> None:
     logits, labels = logits_of([0, 0, 1, 1], [0.52, 0.95, 0.58, 0.92]), torch.tensor([9, 0, 1, 5])
-    measured = evaluation.calibration(logits, labels, bins=10)  # two images in each of two bins
-    assert measured.count.tolist() == [2, 2] and measured.accuracy.tolist() == [0.5, 0.5]
-    assert measured.confidence == pytest.approx([0.55, 0.935])
-    assert measured.error == pytest.approx((0.05 + 0.435) / 2)
+    table, error = evaluation.calibration(logits, labels, bins=10)  # two images in each of two bins
+    assert table["images"].tolist() == [2, 2] and table["accuracy"].tolist() == [0.5, 0.5]
+    assert table["confidence"].tolist() == pytest.approx([0.55, 0.935])
+    assert error == pytest.approx((0.05 + 0.435) / 2)
     certain = torch.cat([logits_of([4], [0.97]), 1000 * F.one_hot(labels[:1]).float()])
-    assert evaluation.calibration(certain, labels[:2]).count.tolist() == [2]  # 1 is in the last bin
+    assert evaluation.calibration(certain, labels[:2])[0]["images"].tolist() == [2]  # 1 included
     table = evaluation.selective(logits, labels)
     assert table["answered"].tolist() == [0.25, 0.5, 0.75, 1.0]
     assert table["accuracy"].tolist() == [1, 1 / 2, 2 / 3, 2 / 4]

@@ -141,7 +141,7 @@ def said(folder, **environment):
     [
         ("CXX", " ", "there is no C++ compiler ' '"),
         ("CXX", "none -m64", "there is no C++ compiler 'none -m64'"),
-        ("ATEN_CPU_CAPABILITY", "avx2", "PyTorch computes with AVX2 here, not with AVX512"),
+        ("ATEN_CPU_CAPABILITY", "avx2", "PyTorch uses AVX2 here, and it needs AVX512"),
     ],
 )
 def test_what_is_missing_is_said(tmp_path, variable, value, reason):

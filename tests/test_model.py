@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import itertools
 
 import numpy as np
@@ -161,37 +159,6 @@ def test_the_network_takes_any_batch_and_gives_logits(b: int) -> None:
     x = torch.randn(b, 3, 32, 32)
     assert network(x).shape == (b, 10)
     assert [a.shape for a in network.gates(x)] == [(b, 2), (b, 3), (b, 1)]
-
-
-def test_a_copy_trains_by_itself_and_bfloat16_is_close() -> None:
-    network = BlockNetwork(ROWS, stem_filters=6)
-    copied, x = copy.deepcopy(network), torch.randn(4, 3, 32, 32)
-    network.fit_stem(x)
-    network(x).sum().backward()
-    assert all(p.grad is None for p in copied.parameters())
-    network.eval()
-    with torch.autocast("cpu", torch.bfloat16):
-        rough = network(x)
-    assert torch.allclose(rough.float(), network(x), atol=0.1)
-
-
-def test_networks_can_be_exported_traced_and_differentiated_by_functions() -> None:
-    network = BlockNetwork(ROWS, stem_filters=6).eval()
-    x = torch.randn(2, 3, 32, 32)
-    expected = network(x)
-    exported = torch.export.export(network, (x,)).module()
-    traced = torch.jit.trace(network, x)
-    for other in (exported, traced):
-        assert torch.allclose(other(x), expected, atol=1e-4)
-    torch.jit.save(traced, io.BytesIO())
-    grad = torch.func.grad(lambda x: network(x).sum())(x)
-    assert grad.shape == x.shape
-
-
-@pytest.mark.slow
-def test_networks_can_be_compiled() -> None:
-    network, x = BlockNetwork(ROWS, stem_filters=6).eval(), torch.randn(2, 3, 32, 32)
-    assert torch.allclose(torch.compile(network)(x), network(x), atol=1e-4)
 
 
 def test_the_stem_whitens_patches() -> None:

@@ -117,7 +117,7 @@ def test_weights_that_are_not_those_of_the_run_are_refused(records: Path) -> Non
         with pytest.raises(RunError, match=r"weights\.pt"):
             runs.load_network(run)
     path.unlink()
-    with pytest.raises(RunError, match="no weights"):
+    with pytest.raises(RunError, match="no usable weights"):
         runs.load_network(run)
 
 

@@ -29,7 +29,7 @@ ROW = {"channels": 8, "kernels": [3, 1]}
         ({"epochs": 3.0}, "epochs"),
         ({"epochs": 2}, "first_sizes"),
         ({"seed": -1}, "seed"),
-        ({"learning_rate": "1e-3"}, "with a point"),
+        ({"learning_rate": "1e-3"}, "1.0e-3"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"learning_rate": float("inf")}, "learning_rate"),
         ({"flip": "false"}, "-p flip False"),

@@ -1,11 +1,12 @@
 """The report: the five notebooks in order, and their pages for a browser.
 
     python -m helpers.report --preset small --seed 0
-    python -m helpers.report --publish --only 01 02
+    python -m helpers.report --publish 01 02
+    python -m helpers.report --handin
 
 The first executes copies of the notebooks in report/<run>/ and renders them there; stopped and
 started again, it resumes. The second stores in notebooks/ what the notebooks give with their own
-parameters. Both end with the sheet's PDF.
+parameters. Both end with the sheet's PDF. The third makes what is handed in, in handin/.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from filelock import FileLock, Timeout
 from helpers import data, runs
 from helpers.project import ProjectError, exit_with_message, short
 from helpers.report import execute
+from helpers.report.handin import make_handin
 from helpers.report.pages import render, update_readme, write_overview
 from helpers.report.pdf import make_pdf
 from helpers.settings import Settings, read_preset
@@ -25,15 +27,10 @@ from helpers.settings import Settings, read_preset
 NUMBERS = [name[:2] for name in execute.SEQUENCE]
 
 
-def make_report(preset: str, seed: int) -> Path:
-    """Execute the notebooks with a preset and a seed, one run for all, and render them; the page to
-    begin with, `report/<run>/index.html`, is returned.
-
-    Raises:
-        ProjectError: what was given cannot be used, a notebook stopped, or another process is
-            making this report.
-    """
-    parameters = read_preset(preset) | {"seed": seed}
+def make_report(preset: str, seed: int | None = None) -> Path:
+    """Execute the notebooks with a preset and a seed (default: the preset's), one run for all, and
+    render them. Returns the start page, `report/<run>/index.html`."""
+    parameters = read_preset(preset) | ({} if seed is None else {"seed": seed})
     settings, images = Settings(**parameters), data.load_data()
     config = settings.model_dump(mode="json") | {"dataset": images.name}
     run = runs.free_name(settings.run_name, config)
@@ -77,20 +74,21 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--preset", help="a file in notebooks/parameters/; otherwise small")
-    parser.add_argument("--seed", type=int, help="otherwise 0")
-    parser.add_argument("--publish", action="store_true", help="store outputs in notebooks/")
-    parser.add_argument("--only", nargs="+", choices=NUMBERS, help="publish only these")
+    parser.add_argument("--seed", type=int, help="otherwise the preset's")
+    stored = "store outputs in notebooks/, of all notebooks or of these"
+    parser.add_argument("--publish", nargs="*", choices=NUMBERS, help=stored)
+    parser.add_argument("--handin", action="store_true", help="make what is handed in")
     options = parser.parse_args(arguments)
-    if options.publish and (options.preset, options.seed) != (None, None):
+    if options.publish is not None and (options.preset, options.seed) != (None, None):
         parser.error("--publish takes the notebooks' own parameters")
-    if options.only and not options.publish:
-        parser.error("--only goes with --publish")
     with exit_with_message("what was executed is in report/"):
-        if options.publish:
-            publish(options.only or NUMBERS)
+        if options.publish is not None:
+            publish(options.publish or NUMBERS)
+        elif options.handin:
+            make_handin()
         else:
             preset = "small" if options.preset is None else options.preset
-            print(f"Open {short(make_report(preset, options.seed or 0))}")
+            print(f"Open {short(make_report(preset, options.seed))}")
 
 
 if __name__ == "__main__":

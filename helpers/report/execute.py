@@ -30,11 +30,7 @@ def execute(
     name: str, target: Path, parameters: dict[str, Any], folder: Path = NOTEBOOKS
 ) -> NotebookNode:
     """Execute `folder/name.ipynb`, its kernel started there as JupyterLab starts it, into `target`.
-    It is given those of the `parameters` that it declares.
-
-    Raises:
-        ProjectError: it stopped, or its kernel did not start or died.
-    """
+    It is given those of the `parameters` that it declares. A ProjectError says why it stopped."""
     source = folder / f"{name}.ipynb"
     declared = papermill.inspect_notebook(source)
     target.parent.mkdir(parents=True, exist_ok=True)

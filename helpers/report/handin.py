@@ -7,7 +7,6 @@ run, so that nothing is trained again and all outputs are real.
 
 from __future__ import annotations
 
-import argparse
 import pprint
 import shutil
 import tempfile
@@ -18,12 +17,15 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from helpers import data, runs
-from helpers.project import ROOT, RUNS, exit_with_message, short
+from helpers.project import ROOT, RUNS, short
 from helpers.report.execute import NOTEBOOKS, SEQUENCE, execute, submitted
 from helpers.report.pdf import make_pdf
 
 HANDIN = ROOT / "handin"
-FILES = "helpers/*.py", "helpers/*.cpp", "notebooks/runs/*.[cy]*", "notebooks/benchmarks/*.csv"
+FILES = (
+    "helpers/*.py", "helpers/*.cpp", "notebooks/parameters/*.yaml", "notebooks/runs/*.csv",
+    "notebooks/runs/*.yaml", "notebooks/benchmarks/*.csv",
+)  # fmt: skip
 INTRODUCTION = """# CIFAR-10 with input-weighted convolution blocks
 
 **{test_accuracy:.2%} test accuracy** ({test_accuracy_tta:.2%} with six views), run `{run}`.
@@ -76,7 +78,7 @@ def assignment(name: str, value: object) -> str:
     return f"{name} = " + written.replace("\n", "\n" + " " * len(f"{name} = "))
 
 
-def write() -> None:
+def make_handin() -> None:
     """Make the two files."""
     run = runs.read(submitted())  # with its weights and data, or the notebook would train it
     runs.load_network(run)
@@ -91,14 +93,4 @@ def write() -> None:
         cell.metadata = {}
     nbformat.write(notebook, HANDIN / "report.ipynb")
     make_pdf(run, HANDIN / "report.pdf")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    argparse.ArgumentParser("python -m helpers.report.handin", None, __doc__).parse_args(arguments)
-    with exit_with_message("the hand-in is unchanged"):
-        write()
-        print("handin/report.ipynb and handin/report.pdf are ready.")
-
-
-if __name__ == "__main__":
-    main()
+    print(f"Wrote {short(HANDIN / 'report.ipynb')} and its PDF.")
