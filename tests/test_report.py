@@ -89,7 +89,7 @@ def test_overview_and_explorer_say_what_was_found(
     index = pages.write_overview(run, images, tmp_path).read_text(encoding="utf-8")
     explorer = (tmp_path / "explorer.html").read_text(encoding="utf-8")
     assert loaded(index) == loaded(explorer) == [] and pages.STAND_IN in index
-    assert "10.00 %" in index and "20.00 %" in index and "1,234" in index
+    assert "10.00%" in index and "20.00 %" in index and "1,234" in index
     assert '<tr class="changed"><th>gate</th>' in index and "<tr><th>activation</th>" in index
     content = json.loads(re.search(r'type="application/json">(.*?)</script>', explorer, re.S)[1])
     network = runs.load_network(run)
@@ -116,9 +116,9 @@ def test_overview_and_explorer_say_what_was_found(
         ({"gate": "uniform"}, ["not learned"], ["with exactly", "itself", "starts at"]),
         ({"gate": "constant"}, ["the same for all images"], ["with exactly", "itself"]),
         ({"gate": "softmax"}, ["softmax", "sum to 1"], ["itself"]),
-        ({"stem_filters": 0, "flip": False, "translate": 0}, [], ["hitening", "irror", "transl"]),
-        ({"label_smoothing": 0.0}, ["Cross-entropy is"], ["smooth"]),
-        ({"skip_easy": 0.5, "cutout": 8}, ["InfoBatch", "Cutout"], ["TrivialAugment"]),
+        ({"stem_filters": 0, "flip": False, "translate": 0}, [], ["hitening", "flip", "transl"]),
+        ({"label_smoothing": 0.0}, ["loss is cross-entropy."], ["smooth"]),
+        ({"skip_easy": 0.5, "cutout": 8}, ["InfoBatch", "Cutout"], []),
     ],
 )
 def test_pdf_is_true_for_any_parameters(
@@ -130,7 +130,7 @@ def test_pdf_is_true_for_any_parameters(
     source = template.replace("#grid(", "#table(").encode("utf-8")  # typst's HTML knows no grid
     html = typst.compile(source, format="html", sys_inputs=given).decode("utf-8")
     said = re.sub(r"\s+", " ", re.sub(r"<style.*?</style>|<[^>]*>", "", html, flags=re.S))
-    assert "10.00 %" in said and "STAND-IN" in said
+    assert "10.00%" in said and "STAND-IN" in said
     assert [words for words in present if words not in said] == []
     assert [words for words in absent if words in said] == []
     assert "History" not in said and "adder" not in said, "this is not the project's run"
@@ -160,7 +160,7 @@ def test_pdf_has_three_pages_at_most(
 
 @pytest.mark.parametrize(
     ("stops", "said"),
-    [("1 / 0", r"in its cell \[4\] with ZeroDiv"), ("import os\nos._exit(1)", "its kernel died")],
+    [("1 / 0", r"at cell \[4\]: ZeroDiv"), ("import os\nos._exit(1)", "its kernel died")],
 )
 def test_a_notebook_that_stops_is_kept(tmp_path: Path, stops: str, said: str) -> None:
     nbformat.write(notebook_of("print(seed)", stops), tmp_path / "a.ipynb")
