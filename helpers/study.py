@@ -115,13 +115,11 @@ def run_one(group: str, variant: str, seed: int, settings: Settings) -> dict[str
     }  # fmt: skip
 
 
-def first_steps(images: data.ImageData, settings: Settings, rate: float) -> pd.DataFrame:
-    """The first 40 steps of a training, on the CPU and not recorded, with this rate for a linear a:
-    `loss` of the batch, and the `largest` |a| in it after the step."""
-    changes = {"gate": "linear", "gate_learning_rate": rate, "precision": "float32"}
-    some, *_ = training.parts(images, settings)
-    state = training.TrainState(some, settings.model_copy(update=changes), torch.device("cpu"))
-    rows = []
+def first_steps(images: data.ImageData, rate: float) -> pd.DataFrame:
+    """40 steps of the preset `small`, in batches of 100, with this rate for the gates: the `loss` of
+    the batch, and the `largest` |a| in it after the step. Nothing is recorded."""
+    settings = Settings(gate_learning_rate=rate, batch_size=100, device="cpu", precision="float32")
+    state, rows = training.TrainState(images.train, settings, torch.device("cpu")), []
     for x, labels, _ in itertools.islice(state.remaining_batches(), 40):
         losses, _ = training.train_step(
             state.network, state.optimizers, state.scaler, torch.float32,
