@@ -116,8 +116,8 @@ def run_one(group: str, variant: str, seed: int, settings: Settings) -> dict[str
 
 
 def first_steps(images: data.ImageData, rate: float) -> pd.DataFrame:
-    """40 steps of the preset `small`, in batches of 100, with this rate for the gates: the `loss` of
-    the batch, and the `largest` |a| in it after the step. Nothing is recorded."""
+    """40 steps of the preset `small`, in batches of 100, with this rate for the gates: `loss` of
+    each batch, and the `largest` |a| in it after the step. Nothing is recorded."""
     settings = Settings(gate_learning_rate=rate, batch_size=100, device="cpu", precision="float32")
     state, rows = training.TrainState(images.train, settings, torch.device("cpu")), []
     for x, labels, _ in itertools.islice(state.remaining_batches(), 40):
