@@ -161,7 +161,8 @@ def main(arguments: list[str] | None = None) -> None:
         there = set(done[KEY].itertuples(index=False, name=None))
         missing = [(group, *run) for run in planned(group) if (group, *run[:2]) not in there]
         hours = len(missing) * done.loc[done["group"] == group, "seconds"].mean() / 3600
-        print(f"{len(missing)} runs to train" + f"; about {hours:.1f} hours" * (hours >= 0))
+        estimate = "" if pd.isna(hours) else f"; about {hours:.1f} hours"
+        print(f"{len(missing)} runs to train{estimate}", flush=True)
         backend: dict[str, Any] = {"backend": "sequential"}
         if options.cluster:
             from distributed import Client
