@@ -318,20 +318,16 @@ def seeds(seeds: DataFrame) -> Figure:
 
 
 def ladder(table: DataFrame) -> Figure:
-    """What each `step` adds, a line from the `accuracy` of the last row that was `kept`."""
-    rows, kept = np.arange(len(table))[::-1], table["kept"].to_numpy(bool)
-    y = 100 * table["accuracy"].to_numpy()
-    gains = y - Series(y).where(kept).ffill().shift(fill_value=y[0])
-    drawn, axes = _rows(table["step"][::-1], "validation accuracy (%; n = 1)")
+    """What each change adds to the `accuracy` of the row above, ± `deviation`."""
+    y, rows = 100 * table["accuracy"], np.arange(len(table))[::-1]
+    gains, n = y.diff().fillna(0), table["n"].min()
+    drawn, axes = _rows(table["words"][::-1], f"validation accuracy (%; ± sd, n = {n})")
     lines = axes.barh(rows, gains, 0.08, left=y - gains, color=VALIDATION, linewidth=0)
-    for which, label, inside in ((kept, "kept", VALIDATION), (~kept, "not kept", "w")):
-        style = {"color": VALIDATION, "markerfacecolor": inside, "label": label}
-        axes.plot(y[which], rows[which], "o", **style)
+    axes.errorbar(y, rows, xerr=100 * table["deviation"], fmt="o", color=VALIDATION)
     texts = [f"{y[0]:.1f}%", *(f"{gain:+.1f}".replace("-", "−") for gain in gains[1:])]
     axes.bar_label(lines, texts, padding=8, fontsize=10)
     axes.use_sticky_edges = False
     axes.margins(x=0.12)
-    axes.legend()
     return drawn
 
 

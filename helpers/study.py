@@ -90,9 +90,10 @@ def table(group: str) -> pd.DataFrame:
 
 
 def ladder() -> pd.DataFrame:
-    """From the sheet's basic network up, one row per step: `step` in words, whether it was `kept`,
-    `accuracy` on validation images, `seconds`, `parameters`, `multiply_adds`."""
-    return runs.read_table(project.RUNS / "ladder.csv")
+    """From the sheet's basic network up, one change a row, in `words`: `accuracy` ± `deviation` on
+    validation images, `n` seeds."""
+    steps = table("ladder").groupby("words", sort=False)["accuracy"]
+    return steps.agg(accuracy="mean", deviation="std", n="size").reset_index()
 
 
 def run_one(group: str, variant: str, seed: int, settings: Settings) -> dict[str, Any]:

@@ -32,7 +32,9 @@ HISTORY["test_accuracy"] = [0.5, 0.7, 0.8, 0.9, 0.91, 0.93]
 HISTORY[["training_accuracy_running", "training_accuracy", "validation_accuracy"]] = np.nan
 T = pd.DataFrame({"name": ["a", "b"], "reference_epochs": [3, 9], "accuracy": 0.9, "deviation": 0})
 SEEDS = pd.DataFrame({"seed": [0, 1], "test_accuracy": [0.9, 0.91], "test_accuracy_tta": 0.92})
-LADDER = pd.DataFrame({"step": list("abc"), "kept": [1, 0, 1], "accuracy": [0.5, 0.4, 0.75]})
+LADDER = pd.DataFrame(
+    {"words": list("abc"), "accuracy": [0.5, 0.4, 0.75], "n": 2, "deviation": 0.01}
+)
 CORRUPTED = pd.DataFrame({"corruption": ["blur", "noise"] * 2, "step": [0, 0, 1, 1], "images": 40})
 CORRUPTED[["strength", "accuracy", "low", "high"]] = 2, 0.8, 0.7, 0.9
 STUDY = pd.DataFrame({"words": list("bca"), "difference": [0, -2, 2], "low": [-1, -3, 1]})
@@ -97,7 +99,7 @@ def test_verdicts_gains_and_mistakes() -> None:
     rows = {bars.get_label(): bars.lines[0].get_ydata().tolist() for bars in axes.containers}
     assert rows == {"worse": [0], "not significantly different": [1], "better": [2]}
     (axes,) = figures.ladder(LADDER).axes
-    assert [text.get_text() for text in axes.texts] == ["50.0%", "−10.0", "+25.0"]
+    assert [text.get_text() for text in axes.texts] == ["50.0%", "−10.0", "+35.0"]
     axes, _ = figures.confusion(np.array([[9, 4], [1, 8]]), ["a", "b"]).axes
     assert axes.collections[0].get_array().tolist() == [[0, 4], [1, 0]]
 

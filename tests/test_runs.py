@@ -167,6 +167,7 @@ def test_tables_average_over_seeds_of_one_recipe_and_machine(
     monkeypatch.setattr(project, "BENCHMARKS", records)
     row = 'machine,precision,what,milliseconds\n{}, 2 threads",float32,reference step,200\n'
     (records / "x-2-threads.csv").write_text(row.format('"X'), encoding="utf-8")
+    (records / "a-2-threads.csv").write_text("foreign", encoding="utf-8")
     assert runs.results().empty
     make("a", 0.90)
     make("b", 0.92, seed=1)

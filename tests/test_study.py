@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import t, ttest_rel
 
-from helpers import study
+from helpers import project, study
+from helpers.settings import Settings
 
 
 def results(**accuracies: list[float]) -> pd.DataFrame:
@@ -49,3 +53,22 @@ def test_a_plan_gives_runs_that_differ_and_every_row_was_planned(group: str) -> 
     assert len(settings) == len({variant for variant, _, _ in runs})
     table = study.table(group)
     assert set(zip(table["variant"], table["seed"], strict=True)) <= {run[:2] for run in runs}
+
+
+def test_what_is_missing_is_trained_and_each_row_is_kept_at_once(
+    records: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    groups = {"g": {"seeds": [1, 2], "all": {}, "variants": {"one": {"words": "a"}}}}
+    (records / "study.yaml").write_text(json.dumps(groups), encoding="utf-8")
+    header = "group,variant,seed,accuracy,seconds\n"
+    (records / "study.csv").write_text(header + "g,one,1,0.5,3600\n", encoding="utf-8")
+
+    def run_one(group: str, variant: str, seed: int, settings: Settings) -> dict[str, object]:
+        (project.RUNS / settings.run).mkdir()
+        return {"group": group, "variant": variant, "seed": seed, "accuracy": 0.6, "seconds": 9}
+
+    monkeypatch.setattr(study, "run_one", run_one)
+    study.main(["g"])
+    assert "1 runs to train; about 1.0 hours" in capsys.readouterr().out
+    assert study.table("g")["accuracy"].tolist() == [0.5, 0.6]
+    assert {path.name for path in records.iterdir()} == {"study.yaml", "study.csv"}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import typst
+from matplotlib.figure import Figure
 
 from helpers import evaluation, figures, runs, study
 from helpers.model import layer_table
@@ -18,26 +19,31 @@ from helpers.report.execute import submitted
 
 
 def make_pdf(run: runs.Run, target: Path) -> None:
-    template = Path(__file__).with_name("report.typ")
-    given = {"data": json.dumps(pdf_content(run) | {"plots": plots(run)})}
+    template, content, drawn = Path(__file__).with_name("report.typ"), pdf_content(run), plots(run)
+    if content["history"]:
+        drawn["ladder"] = as_svg(figures.ladder(study.ladder()))
+    given = {"data": json.dumps(content | {"plots": drawn})}
     write_file(target, typst.compile(template, sys_inputs=given))
 
 
 def plots(run: runs.Run) -> dict[str, str]:
     """The figures that the PDF and the overview show, as SVG, in which their text has its size."""
     figures.use_style()
-    drawn = {
-        "block": figures.block_diagram(),
-        "network": figures.network_diagram(run.settings.network()),
-        "losses": figures.batch_losses(run.batches, list(run.history["size"])),
-        "accuracy": figures.accuracy_by_epoch(run.history),
+    network = figures.network_diagram(run.settings.network())
+    network.set_size_inches(6.7, 1.9)  # flat: the first page has to hold much
+    network.axes[0].set_ylabel("feature map\n(pixels)")
+    return {
+        "block": as_svg(figures.block_diagram()),
+        "network": as_svg(network),
+        "losses": as_svg(figures.batch_losses(run.batches, list(run.history["size"]))),
+        "accuracy": as_svg(figures.accuracy_by_epoch(run.history)),
     }
-    drawn["network"].set_size_inches(6.7, 1.9)  # flat: the first page has to hold much
-    drawn["network"].axes[0].set_ylabel("feature map\n(pixels)")
-    written = {name: io.StringIO() for name in drawn}
-    for name, file in written.items():
-        drawn[name].savefig(file, format="svg", metadata={"Date": None})
-    return {name: file.getvalue() for name, file in written.items()}
+
+
+def as_svg(figure: Figure) -> str:
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
 
 
 def pdf_content(run: runs.Run) -> dict[str, Any]:
@@ -56,7 +62,6 @@ def pdf_content(run: runs.Run) -> dict[str, Any]:
         "interval": evaluation.interval(round(metrics["test_accuracy"] * images), images),
         "layers": records(layers.groupby("layer", sort=False).agg(together).reset_index()),
         "seeds": records(runs.seeds_of(run)),
-        "ladder": records(study.ladder()) if of_project else [],
         "history": records(runs.history()) if of_project else [],
     }
 
