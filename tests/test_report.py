@@ -89,7 +89,7 @@ def test_overview_and_explorer_say_what_was_found(
     index = pages.write_overview(run, images, tmp_path).read_text(encoding="utf-8")
     explorer = (tmp_path / "explorer.html").read_text(encoding="utf-8")
     assert loaded(index) == loaded(explorer) == [] and pages.STAND_IN in index
-    assert "10.00%" in index and "20.00 %" in index and "1,234" in index
+    assert "10.00%" in index and "20.00%" in index and "1,234" in index
     assert '<tr class="changed"><th>gate</th>' in index and "<tr><th>activation</th>" in index
     content = json.loads(re.search(r'type="application/json">(.*?)</script>', explorer, re.S)[1])
     network = runs.load_network(run)
